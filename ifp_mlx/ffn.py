@@ -93,6 +93,21 @@ def linear_input_dims(linear: nn.Module) -> int:
     return int(linear.weight.shape[-1])
 
 
+def dense_weight(linear: nn.Module) -> mx.array:
+    """Return the (out, in) weight of a linear layer, dequantized if it is quantized. Lazy."""
+    if isinstance(linear, nn.QuantizedLinear):
+        return mx.dequantize(
+            linear.weight,
+            linear.scales,
+            linear.get("biases"),
+            group_size=linear.group_size,
+            bits=linear.bits,
+            mode=linear.mode,
+        )
+    weight: mx.array = linear.weight
+    return weight
+
+
 def clone_module(module: Any) -> Any:
     """Return a structural copy of a module tree that shares every array with the original.
 
