@@ -115,7 +115,7 @@ def clone_module(module: Any) -> Any:
     objects, so the copy costs no memory.
     """
     if isinstance(module, nn.Module):
-        copy = object.__new__(type(module))
+        copy = type(module).__new__(type(module))
         copy.__dict__.update(module.__dict__)
         for name, child in module.items():
             dict.__setitem__(copy, name, clone_module(child))
