@@ -8,6 +8,7 @@
     ├── SelectionError        indices or scores that do not fit the model
     ├── AdapterError          an IFP adapter that is damaged or made for another model
     ├── CacheError            a sub-network cache that cannot be read or written
+    ├── SessionError          a saved chat that cannot be read or written
     ├── DataError             training or evaluation text that cannot be used
     ├── TrainingError         a training run that had to stop
     ├── ResourceError         not enough memory or disk
@@ -48,6 +49,10 @@ class AdapterError(IFPError):
 
 class CacheError(IFPError):
     """A sub-network cache that cannot be read or written."""
+
+
+class SessionError(IFPError):
+    """A saved chat session that cannot be read or written."""
 
 
 class DataError(IFPError):
