@@ -6,6 +6,7 @@ cost their FFN slices and one of everything else.
 """
 
 import dataclasses
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -59,7 +60,7 @@ def slice_model(
         if removed_means is not None:
             # (D, F) @ (F,) contracts the units; those that are kept have mean 0 here.
             offset = ffn.dense_weight(down).astype(mx.float32) @ removed_means[layer]
-            _add_bias(module[layout.down], offset.astype(_float_dtype(down)))
+            _add_bias(module[layout.down], offset.astype(ffn.dense_weight(down).dtype))
     return compact
 
 
@@ -120,18 +121,13 @@ def down_requantization_error(model: nn.Module, compact: nn.Module, selection: S
         delta = ffn.dense_weight(cut[name]).astype(mx.float32) - exact_weight
         difference = difference + (delta * delta).sum()
         reference = reference + (exact_weight * exact_weight).sum()
-    return float(mx.sqrt(difference / reference).item())
+    return cast(float, mx.sqrt(difference / reference).item())
 
 
 def _dequantized(linear: nn.Module) -> nn.Module:
     plain = nn.Linear(1, 1, bias=False)
     plain.weight = ffn.dense_weight(linear)
     return plain
-
-
-def _float_dtype(linear: nn.Module) -> mx.Dtype:
-    dtype: mx.Dtype = (linear.scales if "scales" in linear else linear.weight).dtype
-    return dtype
 
 
 def _add_bias(linear: nn.Module, offset: mx.array) -> None:
