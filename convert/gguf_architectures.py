@@ -1,0 +1,263 @@
+"""What differs between the model families that come as GGUF: names, config keys, row order."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ifp_mlx.convert.gguf_reader import GGUFFile
+from ifp_mlx.errors import ArchitectureError, CheckpointError
+
+Config = dict[str, Any]
+
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+# Gemma normalizes before and after each block, so "ffn_norm" is another norm there.
+_GEMMA_NAMES = _NAMES | {
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_TENSOR_NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class GGUFArchitecture:
+    """How one family is written as GGUF.
+
+    Attributes:
+        model_type: the name in config.json.
+        class_name: the transformers class, for ``architectures`` in config.json.
+        names: GGUF tensor name, without layer and suffix -> parameter path.
+        interleaved_rotary: query and key rows of a head are stored in pairs, see ``row_order``.
+        norm_offset: was added to the norm weights for GGUF and is taken away again.
+        extra_config: config keys that only this family has.
+    """
+
+    model_type: str
+    class_name: str
+    names: Mapping[str, str]
+    interleaved_rotary: bool = False
+    norm_offset: float = 0.0
+    extra_config: Callable[[GGUFFile], Config] = lambda file: {}
+
+    def parameter_name(self, tensor_name: str) -> str | None:
+        """Return the parameter path of a GGUF tensor; None for one that config.json replaces.
+
+        Raises:
+            ArchitectureError: the tensor is none of this family's.
+        """
+        if tensor_name == _ROPE_FACTORS:
+            return None
+        match = _TENSOR_NAME.fullmatch(tensor_name)
+        if match is None or match[2] not in self.names:
+            raise ArchitectureError(
+                f"the GGUF file has a tensor {tensor_name!r}, which {self.model_type} models "
+                "that can be converted do not have"
+            )
+        layer, path, suffix = match[1], self.names[match[2]], match[3]
+        return f"{path}.{suffix}" if layer is None else f"model.layers.{layer}.{path}.{suffix}"
+
+    def row_order(self, tensor_name: str, config: Config) -> mx.array | None:
+        """Return the order in which to take a tensor's rows, or None to leave them.
+
+        GGUF stores the query and key rows of a llama head so that the two values that rotary
+        position embedding turns together are neighbours: (H, d/2, 2). Hugging Face and MLX have
+        the halves one after the other: (H, 2, d/2).
+        """
+        heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
+        part = tensor_name.split(".")[-2]
+        if not self.interleaved_rotary or part not in heads:
+            return None
+        num_heads, head_dim = config[heads[part]], config["head_dim"]
+        rows = np.arange(num_heads * head_dim).reshape(num_heads, head_dim // 2, 2)
+        return mx.array(rows.swapaxes(1, 2).reshape(-1))
+
+
+def _gemma_config(file: GGUFFile) -> Config:
+    return {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": _head_dim(file)}
+
+
+def _gemma2_config(file: GGUFFile) -> Config:
+    config = _gemma_config(file) | {
+        "attn_logit_softcapping": _number(file, "attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": _number(file, "final_logit_softcapping", 30.0),
+        "sliding_window": int(_number(file, "attention.sliding_window", 4096)),
+    }
+    # The 27B model, the one with 46 layers, scales queries by another width than its heads'.
+    if _number(file, "block_count") == 46:
+        config["query_pre_attn_scalar"] = _number(file, "embedding_length") // _number(
+            file, "attention.head_count"
+        )
+    return config
+
+
+def _gemma3_config(file: GGUFFile) -> Config:
+    config = _gemma_config(file) | {
+        "sliding_window": int(_number(file, "attention.sliding_window")),
+        "sliding_window_pattern": 6,
+        "rope_local_base_freq": _number(file, "rope.freq_base_swa", 10_000.0),
+    }
+    if _number(file, "block_count") == 62:  # the 27B model, as above
+        config["query_pre_attn_scalar"] = _number(file, "embedding_length") // _number(
+            file, "attention.head_count"
+        )
+    return config
+
+
+ARCHITECTURES: dict[str, GGUFArchitecture] = {
+    "llama": GGUFArchitecture("llama", "LlamaForCausalLM", _NAMES, interleaved_rotary=True),
+    "qwen2": GGUFArchitecture("qwen2", "Qwen2ForCausalLM", _NAMES),
+    "qwen3": GGUFArchitecture("qwen3", "Qwen3ForCausalLM", _NAMES),
+    "gemma2": GGUFArchitecture(
+        "gemma2", "Gemma2ForCausalLM", _GEMMA_NAMES, norm_offset=1.0, extra_config=_gemma2_config
+    ),
+    "gemma3": GGUFArchitecture(
+        "gemma3_text", "Gemma3ForCausalLM", _GEMMA_NAMES, norm_offset=1.0,
+        extra_config=_gemma3_config,
+    ),
+}  # fmt: skip
+
+
+def architecture_of(file: GGUFFile) -> GGUFArchitecture:
+    """Return the table row for a GGUF file.
+
+    Raises:
+        ArchitectureError: the family is not in the table, or the model has experts.
+    """
+    name = file.metadata.get("general.architecture")
+    if name not in ARCHITECTURES:
+        raise ArchitectureError(
+            f"{file.path} has the architecture {name!r}; GGUF files of these are converted: "
+            f"{', '.join(sorted(ARCHITECTURES))}"
+        )
+    if file.metadata.get(f"{name}.expert_count"):
+        raise ArchitectureError(
+            f"{file.path} is a mixture-of-experts model, which cannot be converted"
+        )
+    return ARCHITECTURES[name]
+
+
+def config_of(file: GGUFFile) -> Config:
+    """Return the config.json content that a GGUF file's metadata and tensors describe.
+
+    Raises:
+        ArchitectureError: the family is not supported.
+        CheckpointError: a value is missing or not of the expected kind.
+    """
+    architecture = architecture_of(file)
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise CheckpointError(f"{file.path} has no tensor token_embd.weight; is it a whole model?")
+    num_heads = int(_number(file, "attention.head_count"))
+    config: Config = {
+        "model_type": architecture.model_type,
+        "architectures": [architecture.class_name],
+        "vocab_size": embedding.shape[0],
+        "hidden_size": int(_number(file, "embedding_length")),
+        "intermediate_size": int(_number(file, "feed_forward_length")),
+        "num_hidden_layers": int(_number(file, "block_count")),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": int(_number(file, "attention.head_count_kv", num_heads)),
+        "head_dim": _head_dim(file),
+        "rms_norm_eps": _number(file, "attention.layer_norm_rms_epsilon"),
+        "rope_theta": _number(file, "rope.freq_base", 10_000.0),
+        "max_position_embeddings": int(_number(file, "context_length")),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
+        "hidden_act": "silu",
+    }
+    scaling = _rope_scaling(file, config)
+    if scaling is not None:
+        config["rope_scaling"] = scaling
+    return config | architecture.extra_config(file)
+
+
+def _number(file: GGUFFile, key: str, default: float | None = None) -> float:
+    """Return the number at ``ARCHITECTURE.key``; floats as short as float32 allows."""
+    full_key = f"{file.metadata['general.architecture']}.{key}"
+    value = file.metadata.get(full_key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise CheckpointError(
+            f"{file.path}: {full_key} is {'missing' if value is None else 'not one number'}; "
+            "this file cannot be converted"
+        )
+    # 9.999999747378752e-06 is what 1e-05 becomes in float32; write 1e-05.
+    return value if isinstance(value, int) else float(str(np.float32(value)))
+
+
+def _head_dim(file: GGUFFile) -> int:
+    heads = _number(file, "attention.head_count")
+    if heads < 1:
+        raise CheckpointError(f"{file.path} says that the model has {heads} attention heads")
+    return int(_number(file, "attention.key_length", _number(file, "embedding_length") // heads))
+
+
+def _rope_scaling(file: GGUFFile, config: Config) -> Config | None:
+    """Return ``rope_scaling`` for config.json.
+
+    Raises:
+        CheckpointError: positions are scaled in a way that config.json cannot say.
+    """
+    if _ROPE_FACTORS in file.tensors:
+        return _llama3_scaling(file, config)
+    prefix = f"{file.metadata['general.architecture']}.rope.scaling"
+    kind = file.metadata.get(f"{prefix}.type", "none")
+    if kind == "none":
+        return None
+    if kind not in ("linear", "yarn"):
+        raise CheckpointError(f"{file.path}: rope scaling {kind!r} cannot be converted")
+    scaling: Config = {
+        "type": kind,
+        "rope_type": kind,
+        "factor": _number(file, "rope.scaling.factor"),
+    }
+    if kind == "yarn":
+        original = _number(file, "rope.scaling.original_context_length")
+        scaling["original_max_position_embeddings"] = int(original)
+    return scaling
+
+
+def _llama3_scaling(file: GGUFFile, config: Config) -> Config:
+    """Return the Llama 3 scaling whose divisors the file has precomputed, after checking them."""
+    tensor = file.tensors[_ROPE_FACTORS]
+    stored = np.frombuffer(file.blocks(tensor).tobytes(), np.float32)
+    factor, low, high, original = float(stored.max()), 1.0, 4.0, 8192
+    wavelengths = (
+        2
+        * np.pi
+        * config["rope_theta"] ** (np.arange(0, config["head_dim"], 2) / config["head_dim"])
+    )
+    smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
+    expected = 1 / ((1 - smooth) / factor + smooth)
+    if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-3):
+        raise CheckpointError(
+            f"{file.path}: its rope_freqs are not those of Llama 3 and cannot be converted"
+        )
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
