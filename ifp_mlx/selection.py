@@ -13,6 +13,7 @@ from ifp_mlx.arrays import load_arrays, save_arrays
 from ifp_mlx.calibration import Calibration
 from ifp_mlx.errors import SelectionError
 from ifp_mlx.masking import mask_from_indices, top_k_indices
+from ifp_mlx.predictor import SparsityPredictor
 
 DEFAULT_PRIOR_WEIGHT = 0.7
 """Share of the calibrated prior in a rank blend. Short prompts carry little evidence; measured on
@@ -232,6 +233,27 @@ class BlendSelector:
         prompt = ranks(PromptSelector(self.model).scores(token_ids))
         prior = ranks(self.calibration.importance)
         return self.prior_weight * prior + (1 - self.prior_weight) * prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictorSelector:
+    """A trained predictor: reads the instruction and scores every unit of every layer.
+
+    Attributes:
+        predictor: of an IFP adapter; its version changes with its weights.
+    """
+
+    predictor: SparsityPredictor
+    name: str = "predictor"
+
+    @property
+    def version(self) -> str:
+        """The predictor's own."""
+        return self.predictor.version
+
+    def scores(self, token_ids: Sequence[int]) -> mx.array:
+        """Return the predicted scores, standardised per layer. Lazy."""
+        return self.predictor.scores_of(token_ids)
 
 
 @dataclasses.dataclass(frozen=True)
