@@ -1,0 +1,246 @@
+"""``ifp cache``: the sub-networks that are ready for their tasks."""
+
+from __future__ import annotations
+
+import datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ifp_mlx.cli import options
+from ifp_mlx.cli.loading import (
+    ModelChoice,
+    SubnetChoice,
+    choose_subnetwork,
+    describe_subnetwork,
+    load_assistant,
+    title,
+)
+from ifp_mlx.cli.terminal import answer_console, gigabytes, plural, print_json, say
+
+if TYPE_CHECKING:
+    from ifp_mlx.subnet_cache import CacheEntry, SubNetCache
+
+_KEY_CHARACTERS = 8
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="List, inspect and clean the cached sub-networks.",
+)
+
+Name = Annotated[
+    str,
+    typer.Argument(metavar="TASK|KEY", help="A task description, or the beginning of a key."),
+]
+
+
+@app.command("list")
+def list_entries(as_json: options.AsJson = False) -> None:
+    """List the cached sub-networks, the latest used first."""
+    cache = _open_cache()
+    entries = cache.entries()
+    if as_json:
+        print_json([_record(entry) for entry in entries])
+        return
+    if not entries:
+        say('the cache is empty; ifp cache add "help me write Python" fills it')
+        return
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("key", "task", "units", "selector", "model", "used"):
+        table.add_column(heading, overflow="fold" if heading == "task" else "ellipsis")
+    for entry in entries:
+        table.add_row(
+            entry.path.stem[:_KEY_CHARACTERS],
+            title(entry.key.task),
+            f"{entry.key.num_kept_units}/{entry.num_units}",
+            entry.key.selector,
+            entry.model_name,
+            _age(entry.last_used_s),
+        )
+    answer_console().print(table)
+    total_bytes = sum(entry.size_bytes for entry in entries)
+    say(f"{plural(len(entries), 'sub-network')}, {gigabytes(total_bytes)} in {cache.folder}")
+
+
+@app.command("show")
+def show(name: Name, as_json: options.AsJson = False) -> None:
+    """Show one sub-network, and how much it has in common with the others of its model."""
+    cache = _open_cache()
+    entry = cache.find(name)
+    overlaps = sorted(_overlaps(cache, entry), key=lambda pair: -pair[1])
+    if as_json:
+        shared = [
+            {
+                "key": other.path.stem,
+                "task": other.key.task,
+                "num_kept_units": other.key.num_kept_units,
+                "selector": other.key.selector,
+                "overlap": overlap,
+            }
+            for other, overlap in overlaps
+        ]
+        print_json({**_record(entry), "overlaps": shared})
+        return
+    from rich.table import Table
+
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    facts.add_column(style="dim")
+    facts.add_column(overflow="fold")
+    facts.add_row("task", entry.key.task)
+    facts.add_row("key", entry.path.stem)
+    facts.add_row("units", f"{entry.key.num_kept_units} of {entry.num_units} in each layer")
+    facts.add_row("selector", f"{entry.key.selector} (version {entry.key.selector_version})")
+    facts.add_row("model", entry.model_name)
+    facts.add_row("created", f"{_age(entry.created_s)}, used {_age(entry.last_used_s)}")
+    facts.add_row("file", f"{entry.path} ({gigabytes(entry.size_bytes)})")
+    console = answer_console()
+    console.print(facts)
+    if overlaps:
+        console.print()
+        table = Table(box=None, pad_edge=False, title_justify="left", title_style="")
+        table.title = "Share of units in common, mean over layers"
+        for heading in ("overlap", "units", "task"):
+            table.add_column(heading, overflow="fold")
+        for other, overlap in overlaps:
+            units = f"{other.key.num_kept_units}/{other.num_units}"
+            table.add_row(f"{overlap:.3f}", units, title(other.key.task))
+        console.print(table)
+
+
+@app.command("add")
+def add(
+    task: Annotated[str, typer.Argument(help="The task description.")],
+    keep: options.Keep = None,
+    keep_units: options.KeepUnits = None,
+    selector: options.Selector = "auto",
+    model: options.Model = options.DEFAULT_MODEL,
+    adapter: options.Adapter = None,
+    no_adapter: options.NoAdapter = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Select a sub-network for a task now, so that the first chat about it starts faster."""
+    choice = SubnetChoice(task, keep, keep_units)
+    assistant = load_assistant(ModelChoice(model, adapter, no_adapter, selector))
+    subnet = choose_subnetwork(assistant, choice, task)
+    if as_json:
+        key = assistant.cache_key(subnet.reused_task or task, subnet.num_kept_units)
+        print_json(_record(_open_cache().find(key.digest)))
+    else:
+        say(describe_subnetwork(subnet))
+
+
+@app.command("rm")
+def remove(
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="TASK|KEY...", help="Task descriptions or beginnings of keys."),
+    ],
+    as_json: options.AsJson = False,
+) -> None:
+    """Remove sub-networks from the cache."""
+    cache = _open_cache()
+    entries = [cache.find(name) for name in names]  # all are found, or none is removed
+    for entry in entries:
+        cache.remove(entry)
+        if not as_json:
+            say(f'removed "{title(entry.key.task)}" ({entry.path.stem[:_KEY_CHARACTERS]})')
+    if as_json:
+        print_json([_record(entry) for entry in entries])
+
+
+@app.command("prune")
+def prune(
+    max_mb: Annotated[
+        float,
+        typer.Option("--max-mb", min=0.0, help="Megabytes that may stay; 0 removes everything."),
+    ],
+    as_json: options.AsJson = False,
+) -> None:
+    """Remove the least recently used sub-networks until the rest fits."""
+    removed = _open_cache().prune(round(max_mb * 1e6))
+    if as_json:
+        print_json([_record(entry) for entry in removed])
+    else:
+        freed_bytes = sum(entry.size_bytes for entry in removed)
+        say(f"removed {plural(len(removed), 'sub-network')}, {gigabytes(freed_bytes)}")
+
+
+@app.command("verify")
+def verify(as_json: options.AsJson = False) -> None:
+    """Read every entry whole; damaged ones are moved aside and selected again when needed."""
+    cache = _open_cache()
+    problems = cache.verify()
+    num_good = len(cache.entries())
+    if as_json:
+        print_json({"good": num_good, "problems": problems})
+    else:
+        for problem in problems:
+            say(problem)
+        say(f"{plural(num_good, 'good sub-network')}, {plural(len(problems), 'damaged one')}")
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command("path")
+def path(as_json: options.AsJson = False) -> None:
+    """Print where the cache is."""
+    folder = str(_open_cache().folder)
+    if as_json:
+        print_json({"path": folder})
+    else:
+        typer.echo(folder)
+
+
+def _open_cache() -> SubNetCache:
+    from ifp_mlx.home import subnet_cache_folder
+    from ifp_mlx.subnet_cache import SubNetCache
+
+    return SubNetCache(subnet_cache_folder())
+
+
+def _overlaps(cache: SubNetCache, entry: CacheEntry) -> list[tuple[CacheEntry, float]]:
+    from ifp_mlx.errors import SelectionError
+
+    selection = entry.load()
+    found = []
+    for other in cache.entries():
+        if other.path == entry.path or other.key.base != entry.key.base:
+            continue
+        try:
+            found.append((other, float(selection.overlap(other.load()).mean().item())))
+        except SelectionError as error:
+            say(f"left out {other.path.name}: {error}")
+    return found
+
+
+def _record(entry: CacheEntry) -> dict[str, Any]:
+    return {
+        "key": entry.path.stem,
+        "task": entry.key.task,
+        "num_kept_units": entry.key.num_kept_units,
+        "num_units": entry.num_units,
+        "selector": entry.key.selector,
+        "selector_version": entry.key.selector_version,
+        "model": entry.model_name,
+        "base_fingerprint": entry.key.base,
+        "adapter_fingerprint": entry.key.adapter,
+        "created": _iso(entry.created_s),
+        "last_used": _iso(entry.last_used_s),
+        "size_bytes": entry.size_bytes,
+        "path": str(entry.path),
+    }
+
+
+def _iso(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
+
+
+def _age(seconds: float) -> str:
+    then = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    passed_s = (datetime.datetime.now(datetime.UTC) - then).total_seconds()
+    for unit_s, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
+        if passed_s >= unit_s:
+            return f"{plural(int(passed_s // unit_s), unit)} ago"
+    return "just now"

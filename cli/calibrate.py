@@ -1,0 +1,5 @@
+"""``ifp calibrate``."""
+
+
+def calibrate() -> None:
+    """Measure a model's units on text."""

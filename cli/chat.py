@@ -1,0 +1,239 @@
+"""``ifp chat``: the loop of a conversation."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ifp_mlx.cli import options
+from ifp_mlx.cli.answer import answer_writer
+from ifp_mlx.cli.loading import ModelChoice, SubnetChoice
+from ifp_mlx.cli.terminal import complain, is_interactive, plural, say
+from ifp_mlx.errors import IFPError, UsageError
+
+if TYPE_CHECKING:
+    from ifp_mlx.cli.chat_commands import ChatCommands
+    from ifp_mlx.cli.chat_input import Reader
+    from ifp_mlx.cli.chat_state import Chat, ContextFull
+    from ifp_mlx.sessions import Session, SessionSettings
+
+
+def chat(
+    task: options.Task = None,
+    keep: options.Keep = None,
+    keep_units: options.KeepUnits = None,
+    selector: options.Selector = "auto",
+    dense: options.Dense = False,
+    compensate: options.Compensate = False,
+    reuse: options.Reuse = 0.0,
+    no_cache: options.NoCache = False,
+    model: options.Model = options.DEFAULT_MODEL,
+    adapter: options.Adapter = None,
+    no_adapter: options.NoAdapter = False,
+    system_prompt: options.SystemPrompt = None,
+    max_tokens: options.MaxTokens = 1024,
+    temp: options.Temp = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    min_p: options.MinP = 0.0,
+    seed: options.Seed = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the latest chat.")] = False,
+    session_name: Annotated[
+        str | None,
+        typer.Option(
+            "--session", metavar="NAME", help="Continue the chat of this name, or begin it."
+        ),
+    ] = None,
+    no_save: Annotated[
+        bool, typer.Option("--no-save", help="Keep this chat off the disk.")
+    ] = False,
+    rebuild_kv: Annotated[
+        bool,
+        typer.Option(
+            "--rebuild-kv",
+            help="After a switch of task read the whole conversation again with the new "
+            "sub-network, instead of going on from what the former one has read.",
+        ),
+    ] = False,
+    drop_oldest: Annotated[
+        bool,
+        typer.Option(
+            "--drop-oldest", help="When the context is full forget the oldest turns without asking."
+        ),
+    ] = False,
+) -> None:
+    """Talk with a model in the terminal.
+
+    /help in the chat lists its commands. Ctrl-C stops a reply, Ctrl-D leaves. Every message is
+    saved as it is sent; --resume continues. Messages can be piped in, one a line.
+    """
+    choice = SubnetChoice(task, keep, keep_units, dense)
+
+    from ifp_mlx.cli.chat_state import Chat
+    from ifp_mlx.conversation import SamplingOptions
+    from ifp_mlx.sessions import SessionSettings
+
+    settings = SessionSettings(model, task, keep_units, dense, system_prompt)
+    session = _open_session(settings, resume, session_name, recorded=not no_save)
+    conversation = Chat(
+        ModelChoice(
+            session.settings.model or model,
+            adapter,
+            no_adapter,
+            selector,
+            compensate,
+            reuse,
+            not no_cache,
+        ),
+        choice,
+        session,
+        SamplingOptions(max_tokens, temp, top_p, top_k, min_p, seed=seed),
+        rebuilds_kv=rebuild_kv,
+    )
+    _ChatLoop(conversation, drops_oldest=drop_oldest).run()
+
+
+def _open_session(
+    settings: SessionSettings, resume: bool, name: str | None, *, recorded: bool
+) -> Session:
+    from ifp_mlx.home import sessions_folder
+    from ifp_mlx.sessions import Session, list_sessions, session_path
+
+    folder = sessions_folder()
+    if resume and name is not None:
+        raise UsageError("--resume continues the latest chat, --session a named one; give one")
+    if resume:
+        summaries = list_sessions(folder)
+        if not summaries:
+            raise UsageError("there is no chat to resume; leave out --resume to begin one")
+        return Session.load(folder, summaries[0].name)
+    if name is not None and session_path(folder, name).exists():
+        return Session.load(folder, name)
+    return Session.new(folder, settings, name, recorded=recorded)
+
+
+class _ChatLoop:
+    """Reads messages, shows answers, until the user leaves."""
+
+    def __init__(self, chat: Chat, *, drops_oldest: bool):
+        from ifp_mlx.cli.chat_commands import ChatCommands
+        from ifp_mlx.home import sessions_folder
+
+        self._chat = chat
+        self._drops_oldest = drops_oldest
+        self._commands: ChatCommands = ChatCommands(chat, sessions_folder(), _model_names)
+        self._toolbar_line = ""
+        self._reader: Reader = self._make_reader()
+
+    def run(self) -> None:
+        from ifp_mlx.cli.chat_commands import Leave
+
+        if self._chat.session.messages:
+            self._commands.show_recent()
+        elif sys.stdin.isatty():
+            say(f"{self._chat.model_name} · /help for commands, Ctrl-D to leave")
+        while True:
+            try:
+                text = self._next_message()
+                if text.startswith("/"):
+                    self._commands.run(text)
+                elif text.strip():
+                    self._answer(text)
+            except (EOFError, Leave):
+                break
+            except KeyboardInterrupt:
+                if not sys.stdin.isatty():
+                    raise
+                say("Ctrl-D or /bye leaves")
+            except IFPError as error:
+                if not sys.stdin.isatty():
+                    raise
+                complain(str(error))
+        self._say_goodbye()
+
+    def _next_message(self) -> str:
+        question, self._commands.question = self._commands.question, None
+        if question is not None:
+            say(f"› {question}")
+            return question
+        draft, self._commands.draft = self._commands.draft, ""
+        self._toolbar_line = self._toolbar()  # not at every key: it counts the tokens
+        return self._reader.read(draft)
+
+    def _answer(self, text: str) -> None:
+        self._chat.prepare(text)
+        full = self._chat.context_full(text)
+        if full is not None and not self._make_room(full):
+            self._commands.draft = text
+            return
+        self._chat.prepare(text)  # a new chat selects anew
+        with answer_writer(markdown=True) as write:
+            stopped = self._chat.ask(text, write)
+        if stopped and not sys.stdin.isatty():
+            raise KeyboardInterrupt
+        self._say_statistics()
+
+    def _make_room(self, full: ContextFull) -> bool:
+        """Drop the oldest turns if the user wants that; return whether the message now fits."""
+        amounts = (
+            f"the context is full: {full.used:,} of {full.context_length:,} tokens, "
+            f"this message needs {full.needed:,}"
+        )
+        if full.needed * 2 > full.context_length:
+            raise UsageError(f"{amounts}; shorten the message")
+        letter = "d"
+        if not self._drops_oldest:
+            try:
+                say(amounts)
+                choices = ["drop the oldest turns", "new chat", "cancel"]
+                letter = self._reader.ask("Your choice:", choices)
+            except EOFError:
+                raise UsageError(f"{amounts}; --drop-oldest forgets the oldest turns") from None
+        if letter == "n":
+            self._commands.run("/clear")
+        if letter == "d":
+            # A quarter of the context at once: not again at the next message.
+            wanted = max(full.needed, full.context_length // 4)
+            num_turns = self._chat.drop_oldest(wanted)
+            say(f"forgot the oldest {plural(num_turns, 'turn')}")
+        return letter != "c"
+
+    def _say_statistics(self) -> None:
+        from ifp_mlx.cli.statistics_line import turn_statistics
+
+        stats = self._chat.stats
+        if self._chat.shows_statistics and stats is not None and sys.stderr.isatty():
+            length = self._chat.assistant.context_length
+            say(turn_statistics(stats, self._chat.num_context_tokens, length))
+
+    def _say_goodbye(self) -> None:
+        session = self._chat.session
+        if session.messages and session.recorded and sys.stdin.isatty():
+            say(f"saved as {session.name}; ifp chat --resume continues")
+        session.close()
+
+    def _make_reader(self) -> Reader:
+        from ifp_mlx.cli.chat_input import CommandCompleter, LineEditor, PlainReader
+        from ifp_mlx.home import home_folder
+
+        if not is_interactive():
+            return PlainReader("› " if sys.stdin.isatty() else "")
+        helps = {name: command.help for name, command in self._commands.table.items()}
+        completer = CommandCompleter(helps, self._commands.values)
+        return LineEditor(home_folder() / "history", completer, lambda: self._toolbar_line)
+
+    def _toolbar(self) -> str:
+        from ifp_mlx.cli.statistics_line import context_meter
+
+        chat = self._chat
+        meter = context_meter(chat.num_context_tokens, chat.assistant.context_length)
+        units = f"{chat.subnet.num_kept_units}/{chat.subnet.num_units} units" if chat.subnet else ""
+        return " · ".join(part for part in (meter, units, chat.task, chat.model_name) if part)
+
+
+def _model_names() -> list[str]:
+    from ifp_mlx.home import models_folder
+
+    return sorted(path.parent.name for path in models_folder().glob("*/config.json"))

@@ -1,0 +1,307 @@
+"""A chat while it runs: who answers, what was said, and the record of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ifp_mlx.cli.answer import stream_answer
+from ifp_mlx.cli.loading import (
+    ModelChoice,
+    SubnetChoice,
+    choose_subnetwork,
+    describe_subnetwork,
+    load_assistant,
+    num_kept_units,
+)
+from ifp_mlx.cli.terminal import plural, say
+from ifp_mlx.errors import UsageError
+from ifp_mlx.sessions import Session, SessionSettings
+
+if TYPE_CHECKING:
+    from ifp_mlx.assistant import Assistant, SubNetwork
+    from ifp_mlx.conversation import Conversation, GenerationStats, SamplingOptions
+
+_RETASK_MESSAGES = 4  # how much of the recent conversation /retask reads
+_ROOM_FOR_ANSWER = 64  # tokens; with less left the context counts as full
+_TEMPLATE_TOKENS = 16  # what a chat template puts around one message, generously
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextFull:
+    """The next message leaves too little room: all amounts are tokens."""
+
+    used: int
+    needed: int
+    context_length: int
+
+
+class Chat:
+    """One model, one sub-network, one conversation and its session on disk.
+
+    Attributes:
+        assistant: the loaded model.
+        session: where every message is recorded.
+        sampling: how tokens are drawn.
+        subnet: what answers; None until the first message selects it.
+        unanswered: a message whose reply was lost when an earlier chat was killed.
+        shows_statistics: print a line of measurements below each reply.
+        rebuilds_kv: after a switch prefill the conversation again with the new sub-network.
+    """
+
+    def __init__(
+        self,
+        model_choice: ModelChoice,
+        subnet_choice: SubnetChoice,
+        session: Session,
+        sampling: SamplingOptions,
+        *,
+        rebuilds_kv: bool = False,
+        shows_statistics: bool = True,
+    ):
+        self._model_choice = model_choice
+        self._choice = subnet_choice
+        self.session = session
+        self.sampling = sampling
+        self.rebuilds_kv = rebuilds_kv
+        self.shows_statistics = shows_statistics
+        self.assistant: Assistant = load_assistant(model_choice)
+        self.subnet: SubNetwork | None = None
+        self.unanswered: str | None = None
+        self._conversation: Conversation | None = None
+        self._adopt_session(session)
+        if self.task is not None or self._choice.dense:
+            self._select("")
+
+    @property
+    def task(self) -> str | None:
+        """The task description, None if the first message selected."""
+        return self._choice.task
+
+    @property
+    def system_prompt(self) -> str | None:
+        """The system message, if there is one."""
+        return self.session.settings.system_prompt
+
+    @property
+    def model_name(self) -> str:
+        """The model as the user named it."""
+        return self._model_choice.model
+
+    @property
+    def stats(self) -> GenerationStats | None:
+        """Measurements of the last reply."""
+        return self._conversation.stats if self._conversation else None
+
+    @property
+    def last_answer(self) -> str | None:
+        """The last reply, as far as it came."""
+        answers = [m["content"] for m in self.session.messages if m["role"] == "assistant"]
+        return answers[-1] if answers else None
+
+    @property
+    def num_context_tokens(self) -> int:
+        """Tokens that the conversation takes in the context."""
+        return self._conversation.num_context_tokens if self._conversation else 0
+
+    def context_full(self, text: str) -> ContextFull | None:
+        """Return the amounts if ``text`` and an answer no longer fit the context, else None."""
+        needed = len(self.assistant.tokenizer.encode(text)) + _TEMPLATE_TOKENS
+        used, length = self.num_context_tokens, self.assistant.context_length
+        if used + needed + _ROOM_FOR_ANSWER <= length:
+            return None
+        return ContextFull(used, needed, length)
+
+    def ask(self, text: str, write: Callable[[str], None]) -> bool:
+        """Stream the answer to a message; return whether Ctrl-C ended it early.
+
+        The message is on disk before the answer begins, the answer as soon as it ends.
+        """
+        if self.unanswered is not None:
+            self.session.drop_last(1)
+            self.unanswered = None
+        conversation = self._ready(text)
+        self.session.add_message("user", text)
+        num_before = len(conversation.messages)
+        try:
+            return stream_answer(conversation.reply(text, self.sampling), write)
+        finally:
+            if len(conversation.messages) > num_before:
+                self.session.add_message("assistant", conversation.messages[-1]["content"])
+            else:
+                self.session.drop_last(1)  # nothing was said: the question is taken back, too
+
+    def prepare(self, text: str) -> None:
+        """Select for the first message, so that what is said about it comes before the answer."""
+        self._ready(text)
+
+    def change_subnetwork(self, choice: SubnetChoice, text: str | None = None) -> float | None:
+        """Go on with another sub-network; return the share of units that it has in common.
+
+        Args:
+            choice: task, amount or dense.
+            text: what selects if there is no task; None takes the first message again.
+        """
+        former = self.subnet
+        if text is None:
+            questions = [m["content"] for m in self.session.messages if m["role"] == "user"]
+            text = questions[0] if questions else None
+        if not choice.dense:
+            num_kept_units(self.assistant, choice)  # refuse before anything changes
+        self._choice = choice
+        if choice.task is None and text is None and not choice.dense:
+            self.subnet = None  # the next message selects
+        else:
+            self._select(text or "")
+        self._record_settings()
+        if former is None or self.subnet is None:
+            return None
+        if former.selection is None or self.subnet.selection is None:
+            return None
+        return float(former.selection.overlap(self.subnet.selection).mean().item())
+
+    def change_task(self, task: str) -> float | None:
+        """Switch to a task; return the overlap with the former sub-network."""
+        return self.change_subnetwork(dataclasses.replace(self._choice, task=task, dense=False))
+
+    def reselect(self) -> float | None:
+        """Let the recent conversation select; return the overlap with the former sub-network.
+
+        Raises:
+            UsageError: nothing has been said yet.
+        """
+        recent = self.session.messages[-_RETASK_MESSAGES:]
+        if not recent:
+            raise UsageError("nothing has been said yet; /task TEXT names a task")
+        text = "\n\n".join(message["content"] for message in recent)
+        choice = dataclasses.replace(self._choice, task=None, dense=False)
+        return self.change_subnetwork(choice, text)
+
+    def change_keep(self, keep: float | None, keep_units: int | None) -> float | None:
+        """Keep another amount of units; return the overlap with the former sub-network."""
+        return self.change_subnetwork(SubnetChoice(self.task, keep, keep_units))
+
+    def use_dense(self, wanted: bool) -> None:
+        """Answer with the whole model, or with the task's sub-network again."""
+        if wanted:
+            self.change_subnetwork(SubnetChoice(self.task, dense=True))
+        else:
+            self.change_subnetwork(dataclasses.replace(self._choice, dense=False))
+
+    def change_system_prompt(self, text: str | None) -> None:
+        """Set or remove the system message; the conversation stays."""
+        settings = dataclasses.replace(self.session.settings, system_prompt=text)
+        self.session.change_settings(settings)
+        self._restart_conversation()
+
+    def change_model(self, name: str) -> None:
+        """Load another model and go on with the same conversation."""
+        choice = dataclasses.replace(self._model_choice, model=name, adapter=None)
+        self.assistant = load_assistant(choice)
+        self._model_choice = choice
+        # Amounts are of the former model: take this one's default.
+        self._choice = SubnetChoice(task=self.task, dense=self._choice.dense)
+        self._conversation, self.subnet = None, None
+        self.change_subnetwork(self._choice)
+
+    def change_session(self, session: Session) -> None:
+        """Leave this session, which is saved, for another one."""
+        self.session.close()
+        self.session = session
+        wanted = session.settings.model or self.model_name
+        self._conversation = None
+        if wanted != self.model_name:
+            self.change_model(wanted)
+        self._adopt_session(session)
+        self.subnet = None
+        if self.task is not None or self._choice.dense:
+            self._select("")
+
+    def clear(self, folder: Path) -> None:
+        """Begin a new session with the same settings; the old one stays on disk."""
+        fresh = Session.new(folder, self.session.settings, recorded=self.session.recorded)
+        self.session.close()
+        self.session, self.unanswered, self._conversation = fresh, None, None
+        if self.task is None and not self._choice.dense:
+            self.subnet = None  # the next message selects
+
+    def take_back(self) -> str:
+        """Remove the last message and its answer; return the message.
+
+        Raises:
+            UsageError: there is none.
+        """
+        if self.unanswered is not None:
+            text, self.unanswered = self.unanswered, None
+            self.session.drop_last(1)
+            return text
+        messages = self.session.messages
+        positions = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        if not positions:
+            raise UsageError("nothing has been said yet")
+        text = messages[positions[-1]]["content"]
+        self.session.drop_last(len(messages) - positions[-1])
+        if self._conversation is not None:
+            self._conversation.drop_last_turn()
+        return text
+
+    def drop_oldest(self, num_tokens: int) -> int:
+        """Forget the oldest turns until ``num_tokens`` are free again; return how many turns."""
+        conversation = self._ready("")
+        target = conversation.num_context_tokens - num_tokens
+        num_turns = 0
+        while conversation.num_context_tokens > target and conversation.drop_first_turn():
+            num_turns += 1
+        kept = sum(1 for message in conversation.messages if message["role"] != "system")
+        self.session.drop_first(len(self.session.messages) - kept)
+        return num_turns
+
+    def _ready(self, text: str) -> Conversation:
+        if self.subnet is None:
+            self._select(text)
+        assert self.subnet is not None
+        if self._conversation is None:
+            self._restart_conversation()
+        assert self._conversation is not None
+        return self._conversation
+
+    def _select(self, text: str) -> None:
+        self.subnet = choose_subnetwork(self.assistant, self._choice, text)
+        say(describe_subnetwork(self.subnet))
+        if self._conversation is not None:
+            self._conversation.switch(self.subnet.model, rebuild_kv=self.rebuilds_kv)
+
+    def _restart_conversation(self) -> None:
+        from ifp_mlx.conversation import Conversation
+
+        if self.subnet is None:
+            self._conversation = None
+            return
+        messages = self.session.messages[: -1 if self.unanswered is not None else None]
+        self._conversation = Conversation(
+            self.subnet.model,
+            self.assistant.tokenizer,
+            self.assistant.context_length,
+            system_prompt=self.system_prompt,
+            messages=messages,
+        )
+
+    def _adopt_session(self, session: Session) -> None:
+        settings = session.settings
+        if session.messages:
+            self._choice = SubnetChoice(
+                settings.task, keep_units=settings.num_kept_units, dense=settings.dense
+            )
+            say(f"continuing {session.name}: {plural(len(session.messages), 'message')}")
+        if session.messages and session.messages[-1]["role"] == "user":
+            self.unanswered = session.messages[-1]["content"]
+            say("its last message was not answered; /retry answers it")
+
+    def _record_settings(self) -> None:
+        dense = self._choice.dense
+        kept = None if self.subnet is None or dense else self.subnet.num_kept_units
+        self.session.change_settings(
+            SessionSettings(self.model_name, self.task, kept, dense, self.system_prompt)
+        )

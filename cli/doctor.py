@@ -1,0 +1,5 @@
+"""``ifp doctor``."""
+
+
+def doctor() -> None:
+    """Check this machine."""

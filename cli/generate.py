@@ -1,0 +1,120 @@
+"""``ifp generate``: one prompt, one answer."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ifp_mlx.cli import options
+from ifp_mlx.cli.answer import answer_writer, stream_answer
+from ifp_mlx.cli.loading import (
+    ModelChoice,
+    SubnetChoice,
+    choose_subnetwork,
+    describe_subnetwork,
+    load_assistant,
+)
+from ifp_mlx.cli.prompts import read_prompt
+from ifp_mlx.cli.statistics_line import full_statistics, statistics_record
+from ifp_mlx.cli.terminal import print_json, say
+from ifp_mlx.errors import UsageError
+
+
+def generate(
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            help="What to answer. - reads standard input; piped text follows a prompt given here.",
+            show_default=False,
+        ),
+    ] = None,
+    task: options.Task = None,
+    keep: options.Keep = None,
+    keep_units: options.KeepUnits = None,
+    selector: options.Selector = "auto",
+    dense: options.Dense = False,
+    compensate: options.Compensate = False,
+    reuse: options.Reuse = 0.0,
+    no_cache: options.NoCache = False,
+    model: options.Model = options.DEFAULT_MODEL,
+    adapter: options.Adapter = None,
+    no_adapter: options.NoAdapter = False,
+    system_prompt: options.SystemPrompt = None,
+    ignore_chat_template: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-chat-template",
+            "--raw",
+            help="Continue the prompt as it is, without the chat template.",
+        ),
+    ] = False,
+    max_tokens: options.MaxTokens = 512,
+    temp: options.Temp = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    min_p: options.MinP = 0.0,
+    seed: options.Seed = None,
+    max_kv_size: Annotated[
+        int | None,
+        typer.Option(
+            "--max-kv-size",
+            metavar="N",
+            min=1,
+            help="Keep only this many positions.",
+        ),
+    ] = None,
+    kv_bits: Annotated[
+        int | None,
+        typer.Option("--kv-bits", metavar="N", help="Quantize keys and values to 2, 4 or 8 bits."),
+    ] = None,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Print selection, speed and memory on stderr.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the answer and its statistics as JSON.")
+    ] = False,
+) -> None:
+    """Answer one prompt and leave. Only the answer goes to standard output.
+
+    Examples: ifp generate "Write a haiku about the sea" --keep 0.5 --stats;
+    git diff | ifp generate --task "write commit messages" -
+    """
+    choice = SubnetChoice(task, keep, keep_units, dense)
+    if ignore_chat_template and system_prompt is not None:
+        raise UsageError(
+            "--system-prompt needs the chat template; leave out --ignore-chat-template"
+        )
+    text = read_prompt(prompt)
+    assistant = load_assistant(
+        ModelChoice(model, adapter, no_adapter, selector, compensate, reuse, not no_cache)
+    )
+
+    from ifp_mlx.conversation import Conversation, KVCacheOptions, SamplingOptions
+
+    sampling = SamplingOptions(max_tokens, temp, top_p, top_k, min_p, seed=seed)
+    kv_options = KVCacheOptions(max_kv_size, kv_bits)
+    subnet = choose_subnetwork(assistant, choice, text)
+    say(describe_subnetwork(subnet))
+    conversation = Conversation(
+        subnet.model,
+        assistant.tokenizer,
+        assistant.context_length,
+        system_prompt=system_prompt,
+        kv_options=kv_options,
+    )
+    answer = conversation.complete if ignore_chat_template else conversation.reply
+    pieces: list[str] = []
+    if as_json:
+        interrupted = stream_answer(answer(text, sampling), pieces.append)
+    else:
+        with answer_writer(markdown=not ignore_chat_template) as write:
+            interrupted = stream_answer(answer(text, sampling), write)
+    measured = conversation.stats
+    if as_json:
+        record = statistics_record(subnet, measured) if measured else {}
+        print_json({"answer": "".join(pieces), "model": str(assistant.model_path), **record})
+    elif stats and measured:
+        say(full_statistics(subnet, measured))
+    if interrupted:
+        raise KeyboardInterrupt

@@ -1,0 +1,85 @@
+"""What the terminal is, and the two streams: answers to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # Rich takes longer to import than a shell completion may take
+    from rich.console import Console
+
+
+def status_console() -> Console:
+    """Return a console on standard error: status lines, progress, tables for people."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def answer_console() -> Console:
+    """Return a console on standard output."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def complain(message: str) -> None:
+    """Print one error line."""
+    status_console().print(f"[red]ifp:[/red] {_escape(message)}")
+
+
+def say(message: str) -> None:
+    """Print one status line, dimmed, on standard error."""
+    status_console().print(message, style="dim", markup=False)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document on standard output, for machines."""
+    import json
+
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def is_interactive() -> bool:
+    """Return whether a person sits at both ends: a line editor makes sense."""
+    return sys.stdin.isatty() and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def shows_markdown() -> bool:
+    """Return whether standard output is a terminal that can redraw lines."""
+    return sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+
+
+@contextlib.contextmanager
+def working(message: str) -> Iterator[None]:
+    """Show a spinner on standard error while the block runs; nothing if that is no terminal."""
+    console = status_console()
+    if not console.is_terminal or console.is_dumb_terminal:
+        yield
+        return
+    with console.status(_escape(message), spinner="dots"):
+        yield
+
+
+def plural(count: int, noun: str) -> str:
+    """Return ``1 token``, ``2 tokens``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def gigabytes(num_bytes: float) -> str:
+    """Return bytes as megabytes or gigabytes, 1 GB = 1e9 bytes."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as a person reads them: ``34 ms``, ``1.2 s``."""
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def _escape(message: str) -> str:
+    from rich.markup import escape
+
+    return escape(message)
