@@ -1,6 +1,7 @@
 """Files written whole or not at all."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
@@ -37,7 +38,8 @@ def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
     """Yield an empty directory beside ``target`` that becomes ``target`` when the block succeeds.
 
     A block that fails, or a process that is killed, leaves ``target`` as it was. Remains of
-    killed runs (``.NAME.partial-*``) are removed by the next run.
+    killed runs (``.NAME.partial-*``) are removed by the next run; those of a run that still
+    works are locked and stay.
 
     Args:
         target: the directory to create.
@@ -54,23 +56,47 @@ def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for stale in target.parent.glob(f"{prefix}*"):
-            shutil.rmtree(stale, ignore_errors=True)
+            with contextlib.suppress(OSError), _locked_directory(stale):
+                shutil.rmtree(stale, ignore_errors=True)
         staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix))
     except OSError as error:
         raise ResourceError(f"cannot write beside {target}: {error.strerror or error}") from error
     try:
-        yield staging
-        staging.chmod(0o755)
-        if target.exists():
-            retired = staging.with_name(f"{staging.name}.old")
-            target.rename(retired)
-            staging.rename(target)
-            shutil.rmtree(retired, ignore_errors=True) if retired.is_dir() else retired.unlink()
-        else:
-            staging.rename(target)
+        with _locked_directory(staging):
+            yield staging
+            staging.chmod(0o755)
+            _put_in_place(staging, target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def _locked_directory(folder: Path) -> Iterator[None]:
+    """Hold the lock of a directory; the system releases it when the process ends, however.
+
+    Raises:
+        OSError: another process holds it, or there is no such directory.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _put_in_place(staging: Path, target: Path) -> None:
+    if not target.exists():
+        staging.rename(target)
+        return
+    retired = staging.with_name(f"{staging.name}.old")
+    target.rename(retired)
+    staging.rename(target)
+    if retired.is_dir():
+        shutil.rmtree(retired, ignore_errors=True)
+    else:
+        retired.unlink()
 
 
 def require_free_disk(folder: Path, needed_bytes: int) -> None:
