@@ -225,6 +225,7 @@ class Conversation:
                 f"the prompt has {len(prompt_ids)} tokens, the model's context "
                 f"{self.context_length}; shorten it or pass --max-kv-size"
             )
+        self._require_quantizable_heads()
         num_cached = self._reuse_kv_cache(prompt_ids)
         if sampling.seed is not None:
             mx.random.seed(sampling.seed)
@@ -277,6 +278,17 @@ class Conversation:
                     peak_memory_bytes=mx.get_peak_memory(),
                     finish_reason=finish_reason,
                 )
+
+    def _require_quantizable_heads(self) -> None:
+        args, group_size = self._model.args, self._kv_options.kv_group_size
+        head_dim = getattr(args, "head_dim", None)
+        if head_dim is None and hasattr(args, "num_attention_heads"):
+            head_dim = args.hidden_size // args.num_attention_heads
+        if self._kv_options.kv_bits is not None and head_dim and head_dim % group_size:
+            raise UsageError(
+                f"--kv-bits needs heads of a multiple of {group_size} values, this model's have "
+                f"{head_dim}; leave it out"
+            )
 
     def _reuse_kv_cache(self, prompt_ids: list[int]) -> int:
         """Trim the KV cache to the part that the prompt begins with; return its length."""

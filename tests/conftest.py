@@ -1,8 +1,10 @@
 """Tiny models, no network, and the same random numbers every time."""
 
+import json
 import os
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ifp_mlx.blas import prefer_openblas
@@ -13,7 +15,7 @@ import hypothesis  # noqa: E402
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 import pytest  # noqa: E402
-from mlx.utils import tree_map  # noqa: E402
+from mlx.utils import tree_flatten, tree_map  # noqa: E402
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -136,5 +138,58 @@ def tiny_model(tiny_config: Callable[..., dict[str, Any]]) -> Callable[..., nn.M
         model.eval()
         mx.eval(model.parameters())
         return model  # type: ignore[no-any-return]
+
+    return make
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+BYTE_VOCAB_SIZE = 264  # 256 bytes, three special tokens, and five ids that no text uses
+
+
+def write_byte_tokenizer(folder: Path) -> None:
+    """Write the files of a byte-level tokenizer with a chat template: one token a byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocab = {token: index for index, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "bos_token": "<|im_start|>",
+        "pad_token": "<|endoftext|>",
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+@pytest.fixture
+def tiny_checkpoint(
+    tmp_path: Path,
+    tiny_config: Callable[..., dict[str, Any]],
+    tiny_model: Callable[..., nn.Module],
+) -> Callable[..., Path]:
+    """Return a factory: family -> the directory of a tiny float32 checkpoint with a tokenizer."""
+
+    def make(family: str = "llama", name: str = "tiny", **changes: Any) -> Path:
+        sizes = {"vocab_size": BYTE_VOCAB_SIZE, "max_position_embeddings": 512, **changes}
+        folder = tmp_path / name
+        folder.mkdir()
+        config = {**tiny_config(family, **sizes), "eos_token_id": 2}
+        (folder / "config.json").write_text(json.dumps(config))
+        weights = dict(tree_flatten(tiny_model(family, **sizes).parameters()))
+        mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+        write_byte_tokenizer(folder)
+        return folder
 
     return make

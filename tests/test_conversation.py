@@ -1,0 +1,185 @@
+"""Conversations: the KV cache changes speed, never words; nothing is lost when stopped."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx_lm.generate import stream_generate
+
+from ifp_mlx import checkpoint
+from ifp_mlx.conversation import Conversation, KVCacheOptions, SamplingOptions
+from ifp_mlx.errors import UsageError
+
+Opened = tuple[nn.Module, Any]
+GREEDY = SamplingOptions(max_new_tokens=12)
+
+
+@pytest.fixture
+def opened(tiny_checkpoint: Callable[..., Path]) -> Opened:
+    folder = tiny_checkpoint()
+    return checkpoint.load_model(folder)[0], checkpoint.load_tokenizer(folder)
+
+
+def start(opened: Opened, **options: Any) -> Conversation:
+    return Conversation(opened[0], opened[1], 512, **options)
+
+
+def plain_reply(opened: Opened, messages: list[dict[str, str]]) -> str:
+    """What mlx-lm says to the whole conversation with an empty cache."""
+    ids = opened[1].apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return "".join(r.text for r in stream_generate(*opened, ids, max_tokens=12))
+
+
+def test_each_turn_says_what_mlx_lm_says_to_the_whole_conversation(opened: Opened) -> None:
+    conversation = start(opened, system_prompt="be brief")
+    for text in ("hello", "and then?", "bye"):
+        messages = [*conversation.messages, {"role": "user", "content": text}]
+        assert "".join(conversation.reply(text, GREEDY)) == plain_reply(opened, messages)
+    assert [m["role"] for m in conversation.messages] == ["system"] + ["user", "assistant"] * 3
+
+
+def test_a_second_turn_prefills_only_what_is_new(opened: Opened) -> None:
+    conversation = start(opened)
+    list(conversation.reply("hello", GREEDY))
+    first = conversation.stats
+    list(conversation.reply("more", GREEDY))
+    second = conversation.stats
+    assert first is not None
+    assert second is not None
+    assert first.cached_prompt_tokens == 0
+    assert second.cached_prompt_tokens >= first.prompt_tokens
+
+
+def test_stopping_keeps_the_partial_answer(opened: Opened) -> None:
+    conversation = start(opened)
+    stream = conversation.reply("hello", GREEDY)
+    partial = next(stream) + next(stream)
+    stream.close()
+    assert conversation.messages[-1] == {"role": "assistant", "content": partial}
+    assert conversation.stats is not None
+    assert conversation.stats.finish_reason == "interrupted"
+    messages = [*conversation.messages, {"role": "user", "content": "go on"}]
+    assert "".join(conversation.reply("go on", GREEDY)) == plain_reply(opened, messages)
+
+
+def test_a_question_without_an_answer_is_taken_back(
+    opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> Iterator[None]:
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr("ifp_mlx.conversation.stream_generate", interrupted)
+    conversation = start(opened)
+    with pytest.raises(KeyboardInterrupt):
+        list(conversation.reply("hello", GREEDY))
+    assert conversation.messages == []
+
+
+def test_dropped_turns_leave_no_trace(opened: Opened) -> None:
+    conversation = start(opened)
+    for text in ("one", "two", "three"):
+        list(conversation.reply(text, GREEDY))
+    assert conversation.drop_last_turn() == {"role": "user", "content": "three"}
+    assert conversation.drop_first_turn() == {"role": "user", "content": "one"}
+    messages = [*conversation.messages, {"role": "user", "content": "four"}]
+    assert "".join(conversation.reply("four", GREEDY)) == plain_reply(opened, messages)
+    conversation.clear()
+    assert conversation.messages == []
+    assert conversation.drop_last_turn() is None
+    assert conversation.drop_first_turn() is None
+
+
+def test_switching_models_answers_with_the_new_one(
+    opened: Opened, tiny_model: Callable[..., nn.Module]
+) -> None:
+    other = tiny_model("llama", vocab_size=264, rope_theta=500.0)
+    conversation = start(opened)
+    list(conversation.reply("hello", GREEDY))
+    conversation.switch(other, rebuild_kv=True)
+    messages = [*conversation.messages, {"role": "user", "content": "more"}]
+    expected = plain_reply((other, opened[1]), messages)
+    assert "".join(conversation.reply("more", GREEDY)) == expected
+
+
+def test_one_seed_draws_the_same_words(opened: Opened) -> None:
+    def draw(seed: int) -> str:
+        options = SamplingOptions(max_new_tokens=20, temperature=1.0, seed=seed)
+        return "".join(start(opened).reply("hello", options))
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_greedy_ignores_the_seed(opened: Opened) -> None:
+    first = "".join(start(opened).reply("hi", SamplingOptions(max_new_tokens=9, seed=1)))
+    second = "".join(start(opened).reply("hi", SamplingOptions(max_new_tokens=9, seed=2)))
+    assert first == second
+
+
+def test_generation_stops_at_an_end_token(opened: Opened) -> None:
+    model, tokenizer = opened
+    first, second = (
+        response.token
+        for response in stream_generate(model, tokenizer, tokenizer.encode("a"), max_tokens=2)
+    )
+    assert first != second
+    tokenizer.eos_token_ids = {second}
+    conversation = start(opened)
+    list(conversation.complete("a", SamplingOptions(max_new_tokens=50)))
+    assert conversation.stats is not None
+    assert conversation.stats.finish_reason == "stop"
+    assert conversation.stats.generated_tokens == 2
+
+
+def test_the_reply_ends_where_the_context_does(opened: Opened) -> None:
+    conversation = Conversation(opened[0], opened[1], 60)
+    list(conversation.reply("hello", SamplingOptions(max_new_tokens=500)))
+    assert conversation.stats is not None
+    assert conversation.stats.prompt_tokens + conversation.stats.generated_tokens <= 60
+
+
+def test_a_prompt_beyond_the_context_is_refused(opened: Opened) -> None:
+    with pytest.raises(UsageError, match=r"the prompt has \d+ tokens, the model's context 512"):
+        list(start(opened).reply("x" * 600, GREEDY))
+
+
+def test_a_rotating_cache_takes_more_than_the_context(opened: Opened) -> None:
+    conversation = start(opened, kv_options=KVCacheOptions(max_kv_size=64))
+    assert "".join(conversation.reply("x" * 600, GREEDY))
+    assert "".join(conversation.reply("again", GREEDY))
+
+
+def test_a_quantized_kv_cache_answers(tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = tiny_checkpoint(hidden_size=128)
+    wide = checkpoint.load_model(folder)[0], checkpoint.load_tokenizer(folder)
+    options = KVCacheOptions(kv_bits=8, kv_group_size=32)
+    assert "".join(start(wide, kv_options=options).reply("hello", GREEDY))
+
+
+def test_a_kv_group_that_does_not_divide_the_heads_is_refused(opened: Opened) -> None:
+    options = KVCacheOptions(kv_bits=8, kv_group_size=32)
+    with pytest.raises(UsageError, match="--kv-bits needs heads of a multiple of 32"):
+        list(start(opened, kv_options=options).reply("hello", GREEDY))
+
+
+@pytest.mark.parametrize("text", ["", "  \n\t"])
+def test_an_empty_prompt_is_refused(opened: Opened, text: str) -> None:
+    with pytest.raises(UsageError, match="the prompt is empty"):
+        list(start(opened).reply(text, GREEDY))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "--max-tokens must be at least 1"),
+        ({"temperature": -1.0}, "--temp must be 0 or more"),
+        ({"top_p": 1.5}, "--top-p must be between 0 and 1"),
+    ],
+)
+def test_sampling_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        SamplingOptions(**options)
