@@ -1,28 +1,24 @@
 """A GGUF file turned into an mlx-lm checkpoint directory."""
 
-import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from ifp_mlx.convert.checkpoint_writer import ShardWriter, write_json
 from ifp_mlx.convert.gguf_architectures import GGUFArchitecture, architecture_of, config_of
 from ifp_mlx.convert.gguf_reader import GGUFFile, GGUFTensor
-from ifp_mlx.convert.gguf_tokenizer import generation_config_of, tokenizer_of
 from ifp_mlx.convert.gguf_weights import GROUP_SIZE, packed_bits, read_dense, read_packed
-from ifp_mlx.convert.shard_writer import ShardWriter
-
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
+from ifp_mlx.convert.progress import Progress
 
 
 def converted_bytes(file: GGUFFile, dtype: mx.Dtype) -> int:
     """Return about how many bytes the converted weights take."""
     total = 0
     for tensor in file.tensors.values():
-        values = 1
-        for size in tensor.shape:
-            values *= size
+        values = math.prod(tensor.shape)
         bits = packed_bits(tensor)
         if bits is None:
             total += values * dtype.size
@@ -50,6 +46,9 @@ def write_gguf_checkpoint(
         CheckpointError: the file is damaged or has a part that is not supported.
         ResourceError: the disk is full.
     """
+    # Imports transformers, which takes more than a second.
+    from ifp_mlx.convert.gguf_tokenizer import generation_config_of, tokenizer_of
+
     architecture = architecture_of(file)
     config = config_of(file)
     tokenizer = tokenizer_of(file)
@@ -71,14 +70,14 @@ def write_gguf_checkpoint(
             if bits is not None and bits != default["bits"]:
                 quantization[name.removesuffix(".weight")] = default | {"bits": bits}
         done += tensor.num_bytes
-        progress(done, total)
+        progress("converting", done, total)
     writer.finish()
     if layer_bits:
         config["quantization"] = config["quantization_config"] = quantization
     config |= generation
     config["torch_dtype"] = str(dtype).removeprefix("mlx.core.")
-    _write_json(target / "config.json", config)
-    _write_json(target / "generation_config.json", generation)
+    write_json(target / "config.json", config)
+    write_json(target / "generation_config.json", generation)
     tokenizer.save_pretrained(target)
 
 
@@ -102,8 +101,3 @@ def _parameters(
     for part in ("weight", "scales", "biases"):
         array = getattr(packed, part)
         yield f"{path}.{part}", array if order is None else array[order]
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(dict(sorted(content.items())), indent=2, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")

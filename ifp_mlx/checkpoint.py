@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 # mlx-lm brings transformers, which take more than a second to import: only loading does so.
+# And they advise to install PyTorch, which nothing here needs.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _MAX_JSON_BYTES = 16_000_000
 _MAX_SIZE = 2**31
@@ -159,8 +161,6 @@ def load_tokenizer(path: Path) -> "TokenizerWrapper":
     Raises:
         CheckpointError: the tokenizer files are missing or damaged.
     """
-    # transformers advises to install PyTorch when it is imported without; nobody needs it here.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from mlx_lm.utils import load_tokenizer as load_mlx_tokenizer
 
     end_ids = read_config(path).get("eos_token_id")
