@@ -66,7 +66,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise _damaged(path, "its header is not valid JSON") from error
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a table of tensors")
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None) or {}  # mlx writes null when there are none
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _damaged(path, "its metadata are not strings")
     start = 8 + header_bytes
