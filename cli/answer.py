@@ -3,18 +3,18 @@
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
 
 from ifp_mlx.cli.terminal import answer_console, shows_markdown
 
 
-def stream_answer(pieces: Generator[str, None, None], write: Callable[[str], None]) -> bool:
+def stream_answer(pieces: Iterator[str], write: Callable[[str], None]) -> bool:
     """Pass each piece of an answer on as it comes; return whether Ctrl-C ended it early.
 
-    The generator is closed in that case, which keeps what was generated in the conversation.
+    The iterator is closed in that case, which keeps what was generated in the conversation.
     """
+    close = getattr(pieces, "close", lambda: None)
     with _ctrl_c_asks() as stop_wanted:
         try:
             for piece in pieces:
@@ -22,7 +22,7 @@ def stream_answer(pieces: Generator[str, None, None], write: Callable[[str], Non
                 if stop_wanted():
                     return True
         finally:
-            pieces.close()
+            close()
         return stop_wanted()
 
 
@@ -36,7 +36,7 @@ def answer_writer(*, markdown: bool) -> Iterator[Callable[[str], None]]:
     if markdown and shows_markdown():
         from ifp_mlx.cli.markdown_stream import MarkdownStream
 
-        with _keys_not_echoed(), MarkdownStream(sys.stdout, answer_console()) as stream:
+        with MarkdownStream(sys.stdout, answer_console()) as stream:
             yield stream.write
         return
 
@@ -44,9 +44,8 @@ def answer_writer(*, markdown: bool) -> Iterator[Callable[[str], None]]:
         sys.stdout.write(piece)
         sys.stdout.flush()
 
-    with _keys_not_echoed():
-        yield write
-        write("\n")
+    yield write
+    write("\n")
 
 
 @contextlib.contextmanager
@@ -69,24 +68,3 @@ def _ctrl_c_asks() -> Iterator[Callable[[], bool]]:
         yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-@contextlib.contextmanager
-def _keys_not_echoed() -> Iterator[None]:
-    """Keep keys that are pressed during the answer from appearing in the middle of it."""
-    saved: list[Any] | None = None
-    try:
-        import termios
-
-        if sys.stdin.isatty() and sys.stdout.isatty():
-            saved = termios.tcgetattr(sys.stdin)
-            quiet = termios.tcgetattr(sys.stdin)
-            quiet[3] &= ~termios.ECHO
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
-    except ImportError:
-        pass  # no termios on this platform: keys are echoed
-    try:
-        yield
-    finally:
-        if saved is not None:
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, saved)

@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from ifp_mlx import __version__
-from ifp_mlx.cli import cache, calibrate, chat, doctor, generate
+from ifp_mlx.cli import cache, calibrate, chat, convert, doctor, generate, pull
 from ifp_mlx.cli.terminal import complain
 from ifp_mlx.errors import IFPError, UsageError
 
@@ -50,11 +50,16 @@ def ifp(
     ifp picks the FFN units that a task uses, slices them into a smaller dense model and talks
     with that. Answers go to standard output, everything else to standard error.
     """
+    from ifp_mlx.blas import prefer_openblas
+
+    prefer_openblas()  # before any command imports mlx
 
 
+app.command("pull")(pull.pull)
 app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
 app.add_typer(cache.app, name="cache")
+app.command("convert")(convert.convert)
 app.command("calibrate")(calibrate.calibrate)
 app.command("doctor")(doctor.doctor)
 

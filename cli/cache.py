@@ -14,6 +14,7 @@ from ifp_mlx.cli.loading import (
     choose_subnetwork,
     describe_subnetwork,
     load_assistant,
+    mean_overlap,
     title,
 )
 from ifp_mlx.cli.terminal import answer_console, gigabytes, plural, print_json, say
@@ -46,6 +47,7 @@ def list_entries(as_json: options.AsJson = False) -> None:
         say('the cache is empty; ifp cache add "help me write Python" fills it')
         return
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
     for heading in ("key", "task", "units", "selector", "model", "used"):
@@ -53,7 +55,7 @@ def list_entries(as_json: options.AsJson = False) -> None:
     for entry in entries:
         table.add_row(
             entry.path.stem[:_KEY_CHARACTERS],
-            title(entry.key.task),
+            Text(title(entry.key.task)),
             f"{entry.key.num_kept_units}/{entry.num_units}",
             entry.key.selector,
             entry.model_name,
@@ -84,11 +86,12 @@ def show(name: Name, as_json: options.AsJson = False) -> None:
         print_json({**_record(entry), "overlaps": shared})
         return
     from rich.table import Table
+    from rich.text import Text
 
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="dim")
     facts.add_column(overflow="fold")
-    facts.add_row("task", entry.key.task)
+    facts.add_row("task", Text(entry.key.task))
     facts.add_row("key", entry.path.stem)
     facts.add_row("units", f"{entry.key.num_kept_units} of {entry.num_units} in each layer")
     facts.add_row("selector", f"{entry.key.selector} (version {entry.key.selector_version})")
@@ -105,7 +108,7 @@ def show(name: Name, as_json: options.AsJson = False) -> None:
             table.add_column(heading, overflow="fold")
         for other, overlap in overlaps:
             units = f"{other.key.num_kept_units}/{other.num_units}"
-            table.add_row(f"{overlap:.3f}", units, title(other.key.task))
+            table.add_row(f"{overlap:.3f}", units, Text(title(other.key.task)))
         console.print(table)
 
 
@@ -209,7 +212,7 @@ def _overlaps(cache: SubNetCache, entry: CacheEntry) -> list[tuple[CacheEntry, f
         if other.path == entry.path or other.key.base != entry.key.base:
             continue
         try:
-            found.append((other, float(selection.overlap(other.load()).mean().item())))
+            found.append((other, mean_overlap(selection, other.load())))
         except SelectionError as error:
             say(f"left out {other.path.name}: {error}")
     return found

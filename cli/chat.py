@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +12,13 @@ import typer
 from ifp_mlx.cli import options
 from ifp_mlx.cli.answer import answer_writer
 from ifp_mlx.cli.loading import ModelChoice, SubnetChoice
-from ifp_mlx.cli.terminal import complain, is_interactive, plural, say
+from ifp_mlx.cli.terminal import (
+    complain,
+    is_interactive,
+    keys_kept_for_the_prompt,
+    plural,
+    say,
+)
 from ifp_mlx.errors import IFPError, UsageError
 
 if TYPE_CHECKING:
@@ -70,6 +78,9 @@ def chat(
     saved as it is sent; --resume continues. Messages can be piped in, one a line.
     """
     choice = SubnetChoice(task, keep, keep_units, dense)
+    model_choice = ModelChoice(
+        model, adapter, no_adapter, selector, compensate, reuse, not no_cache
+    )
 
     from ifp_mlx.cli.chat_state import Chat
     from ifp_mlx.conversation import SamplingOptions
@@ -77,22 +88,11 @@ def chat(
 
     settings = SessionSettings(model, task, keep_units, dense, system_prompt)
     session = _open_session(settings, resume, session_name, recorded=not no_save)
-    conversation = Chat(
-        ModelChoice(
-            session.settings.model or model,
-            adapter,
-            no_adapter,
-            selector,
-            compensate,
-            reuse,
-            not no_cache,
-        ),
-        choice,
-        session,
-        SamplingOptions(max_tokens, temp, top_p, top_k, min_p, seed=seed),
-        rebuilds_kv=rebuild_kv,
-    )
-    _ChatLoop(conversation, drops_oldest=drop_oldest).run()
+    model_choice = dataclasses.replace(model_choice, model=session.settings.model or model)
+    sampling = SamplingOptions(max_tokens, temp, top_p, top_k, min_p, seed=seed)
+    with keys_kept_for_the_prompt() if is_interactive() else contextlib.nullcontext():
+        conversation = Chat(model_choice, choice, session, sampling, rebuilds_kv=rebuild_kv)
+        _ChatLoop(conversation, drops_oldest=drop_oldest).run()
 
 
 def _open_session(
@@ -174,6 +174,8 @@ class _ChatLoop:
         if stopped and not sys.stdin.isatty():
             raise KeyboardInterrupt
         self._say_statistics()
+        if sys.stdin.isatty():
+            say("")  # some air before the next prompt
 
     def _make_room(self, full: ContextFull) -> bool:
         """Drop the oldest turns if the user wants that; return whether the message now fits."""

@@ -166,6 +166,7 @@ class ChatCommands:
             say("no saved chats")
             return
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(box=None, pad_edge=False, show_header=False)
         for _column in range(4):
@@ -175,7 +176,7 @@ class ChatCommands:
                 summary.name,
                 f"{summary.modified.astimezone():%d %b %H:%M}",
                 plural(summary.num_messages, "message"),
-                title(summary.title),
+                Text(title(summary.title)),
             )
         status_console().print(table)
 
@@ -212,12 +213,13 @@ class ChatCommands:
 
     def _help(self, _: str) -> None:
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(box=None, pad_edge=False, show_header=False)
         table.add_column(no_wrap=True)
         table.add_column(style="dim")
         for name, command in self.table.items():
-            table.add_row(f"{name} {command.arguments}", command.help)
+            table.add_row(Text(f"{name} {command.arguments}"), command.help)
         console = status_console()
         console.print(table)
         say(

@@ -204,6 +204,10 @@ def _key_bindings() -> KeyBindings:
     def _new_line(event: KeyPressEvent) -> None:
         event.current_buffer.newline(copy_margin=False)
 
+    @bindings.add("c-c", filter=typing & Condition(lambda: bool(get_app().current_buffer.text)))
+    def _discard(event: KeyPressEvent) -> None:
+        event.current_buffer.reset()
+
     @bindings.add("c-g", filter=typing)
     def _edit(event: KeyPressEvent) -> None:
         event.current_buffer.open_in_editor()

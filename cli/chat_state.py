@@ -14,6 +14,7 @@ from ifp_mlx.cli.loading import (
     choose_subnetwork,
     describe_subnetwork,
     load_assistant,
+    mean_overlap,
     num_kept_units,
 )
 from ifp_mlx.cli.terminal import plural, say
@@ -160,7 +161,7 @@ class Chat:
             return None
         if former.selection is None or self.subnet.selection is None:
             return None
-        return float(former.selection.overlap(self.subnet.selection).mean().item())
+        return mean_overlap(former.selection, self.subnet.selection)
 
     def change_task(self, task: str) -> float | None:
         """Switch to a task; return the overlap with the former sub-network."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ifp_mlx.cli.terminal import duration, say, working
 from ifp_mlx.errors import UsageError
 
 if TYPE_CHECKING:  # the command line must not load mlx before a command needs it
     from ifp_mlx.assistant import Assistant, SubNetwork
+    from ifp_mlx.selection import Selection
 
 _TITLE_CHARACTERS = 60
 
@@ -53,12 +54,13 @@ def load_assistant(choice: ModelChoice) -> Assistant:
         raise UsageError("--adapter and --no-adapter exclude each other; give one")
     with working(f"loading {choice.model}"):
         from ifp_mlx.assistant import Assistant
+        from ifp_mlx.convert.registry import resolve_model
         from ifp_mlx.home import subnet_cache_folder
         from ifp_mlx.subnet_cache import SubNetCache
 
         cache = SubNetCache(subnet_cache_folder(), on_warning=say) if choice.use_cache else None
         return Assistant.load(
-            Path(choice.model),
+            resolve_model(choice.model),
             adapter=choice.adapter,
             use_adapter=not choice.no_adapter,
             selector=None if choice.selector == "auto" else choice.selector,
@@ -118,6 +120,11 @@ def describe_subnetwork(subnet: SubNetwork) -> str:
         return f"cache hit {purpose}: {amount}, {subnet.selector}, {times}"
     selected = f"selected in {duration(subnet.selection_s)}"
     return f"selected {amount} {purpose}: {subnet.selector}, {selected}, {times}"
+
+
+def mean_overlap(one: Selection, other: Selection) -> float:
+    """Return the share of units that two selections have in common, the mean over layers."""
+    return cast(float, one.overlap(other).mean().item())
 
 
 def title(text: str | None) -> str:

@@ -21,7 +21,7 @@ Adapter = Annotated[
     typer.Option(
         "--adapter",
         metavar="FOLDER",
-        help="An IFP adapter folder to use instead of the one in the model's ifp/ folder.",,
+        help="An IFP adapter folder to use instead of the one in the model's ifp/ folder.",
     ),
 ]
 NoAdapter = Annotated[

@@ -3,16 +3,6 @@
 import contextlib
 from collections.abc import Callable, Iterator
 
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-
 from ifp_mlx.cli.terminal import say, status_console
 
 _STAGE_WIDTH = 12
@@ -35,6 +25,16 @@ def bytes_progress() -> Iterator[Callable[[str, int, int], None]]:
 
         yield announce
         return
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TaskID,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
     bars: dict[str, TaskID] = {}
     columns = (
         TextColumn(f"{{task.description:<{_STAGE_WIDTH}}}"),

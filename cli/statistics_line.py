@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from ifp_mlx.cli.terminal import duration, gigabytes
 
 if TYPE_CHECKING:
-    from ifp_mlx.assistant import GenerationStats, SubNetwork
+    from ifp_mlx.assistant import SubNetwork
+    from ifp_mlx.conversation import GenerationStats
 
 
 def full_statistics(subnet: SubNetwork, stats: GenerationStats) -> str:

@@ -16,7 +16,8 @@ def status_console() -> Console:
     """Return a console on standard error: status lines, progress, tables for people."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    # Lines are wrapped for people; a log keeps one line a message.
+    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
 
 
 def answer_console() -> Console:
@@ -64,14 +65,39 @@ def working(message: str) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def keys_kept_for_the_prompt() -> Iterator[None]:
+    """Keep what is typed while nobody reads from the screen, and whole for the next prompt.
+
+    Without this, keys pressed during an answer appear in the middle of it, and the terminal hands
+    Enter on as a line feed, which a line editor cannot tell from Ctrl-J.
+    """
+    try:
+        import termios
+    except ImportError:  # no such terminals on this platform
+        yield
+        return
+    saved = termios.tcgetattr(sys.stdin)
+    changed = termios.tcgetattr(sys.stdin)
+    changed[0] &= ~termios.ICRNL
+    changed[3] &= ~(termios.ECHO | termios.ICANON)  # not ISIG: Ctrl-C stays a signal
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, changed)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, saved)
+
+
 def plural(count: int, noun: str) -> str:
     """Return ``1 token``, ``2 tokens``."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def gigabytes(num_bytes: float) -> str:
-    """Return bytes as megabytes or gigabytes, 1 GB = 1e9 bytes."""
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+    """Return bytes as a person reads them, 1 GB = 1e9 bytes."""
+    if num_bytes >= 1e9:
+        return f"{num_bytes / 1e9:.2f} GB"
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e5 else f"{num_bytes / 1e3:.1f} kB"
 
 
 def duration(seconds: float) -> str:
