@@ -135,7 +135,7 @@ def test_empty_descriptions_are_refused(calibrated: Path, text: str) -> None:
 
 
 def test_instruction_beyond_the_context_is_refused(calibrated: Path) -> None:
-    with pytest.raises(UsageError, match=r"the instruction has \d+ tokens, the model's context 512"):
+    with pytest.raises(UsageError, match=r"instruction has \d+ tokens, the model's context 512"):
         Assistant.load(calibrated).subnetwork_for_prompt("x" * 600, 64)
 
 
@@ -145,7 +145,7 @@ def test_weights_that_are_not_finite_are_refused(tiny_checkpoint: CheckpointFact
     name = "model.layers.1.mlp.up_proj.weight"
     weights[name] = mx.where(mx.arange(32) == 3, float("nan"), weights[name])
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
-    with pytest.raises(CheckpointError, match="finite"):
+    with pytest.raises(CheckpointError, match="values that are not numbers"):
         Assistant.load(folder)
 
 
