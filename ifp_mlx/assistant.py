@@ -1,0 +1,445 @@
+"""The one place that puts the parts together: a checkpoint, a selector, a cache, a conversation."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import get_total_parameters
+
+from ifp_mlx import checkpoint, ffn
+# TODO-IMPORT
+from ifp_mlx.calibration import Calibration
+from ifp_mlx.config import round_keep_ratio
+from ifp_mlx.conversation import Conversation, KVCacheOptions, Message
+from ifp_mlx.errors import CheckpointError, ResourceError, UsageError
+from ifp_mlx.selection import (
+    BlendSelector,
+    PredictorSelector,
+    PromptSelector,
+    RandomSelector,
+    Selection,
+    Selector,
+    StaticSelector,
+    select,
+)
+from ifp_mlx.shipped import find_shipped
+from ifp_mlx.subnet_cache import CacheKey, SubNetCache, fold_task
+from ifp_mlx.subnetwork import slice_model
+
+DEFAULT_KEEP_RATIO = 2 / 3
+"""Without an adapter, below two thirds of the units a small model loses too much (README)."""
+
+SELECTOR_NAMES = ("predictor", "blend", "static", "prompt", "random")
+"""Best first: without a choice of the user's, the first that the model has the files for."""
+
+DEFAULT_RESIDENT_BYTES = 2 * 10**9
+
+
+@dataclasses.dataclass(frozen=True)
+class SubNetwork:
+    """A model ready to answer, and where it came from.
+
+    Attributes:
+        model: the compact model, or the dense one.
+        selection: the kept units; None for the dense model.
+        selector: what chose them; ``dense`` for the dense model.
+        task: the description that they were chosen for, if there was one.
+        num_kept_units: K.
+        num_units: F.
+        from_cache: the selection was read from the cache, nothing was selected.
+        reused_task: the description of another cached task whose sub-network serves this one.
+        reuse_overlap: share of kept units that the two tasks have in common.
+        selection_s: seconds to select, 0 from the cache.
+        slicing_s: seconds to slice, 0 when the compact model was still resident.
+        active_parameters: parameters of ``model``.
+        total_parameters: parameters of the dense model.
+    """
+
+    model: nn.Module
+    selection: Selection | None
+    selector: str
+    task: str | None
+    num_kept_units: int
+    num_units: int
+    from_cache: bool = False
+    reused_task: str | None = None
+    reuse_overlap: float | None = None
+    selection_s: float = 0.0
+    slicing_s: float = 0.0
+    active_parameters: int = 0
+    total_parameters: int = 0
+
+
+class Assistant:
+    """A dense checkpoint from which sub-networks are cut on request.
+
+    Use ``Assistant.load``. Compact models of recent selections stay in memory within a byte
+    budget, so switching back to a task costs nothing.
+
+    Attributes:
+        model_path: the checkpoint directory.
+        config: its ``config.json``.
+        tokenizer: mlx-lm's wrapper.
+        context_length: the most positions that the model was made for.
+        num_units: F.
+        adapter: the IFP adapter in use, if any.
+        calibration: the calibrated prior, if any.
+        selector_name: which selector is in use.
+        cache: where selections are kept, None for nowhere.
+    """
+
+    def __init__(
+        self,
+        *,
+        model_path: Path,
+        model: nn.Module,
+        config: dict[str, Any],
+        tokenizer: TokenizerWrapper,
+        selector: str | None = None,
+        adapter: Adapter | None = None,
+        calibration: Calibration | None = None,
+        compensate: bool = False,
+        cache: SubNetCache | None = None,
+        reuse_threshold: float = 0.0,
+        max_resident_bytes: int = DEFAULT_RESIDENT_BYTES,
+        on_warning: Callable[[str], None] = lambda line: None,
+    ):
+        self.model_path = model_path
+        self.config = config
+        self.tokenizer = tokenizer
+        self.adapter = adapter
+        self.calibration = calibration
+        self.cache = cache
+        self.num_units = ffn.num_units(model)
+        self.context_length = int(config.get("max_position_embeddings") or 2**31)
+        self._base_model = model
+        self._adapted_model: nn.Module | None = None
+        self._compensate = compensate
+        self._reuse_threshold = reuse_threshold
+        self._max_resident_bytes = max_resident_bytes
+        self._resident: collections.OrderedDict[bytes, nn.Module] = collections.OrderedDict()
+        self._on_warning = on_warning
+        self.selector_name = self._choose_selector(selector)
+        self._selector: Selector = self._make_selector(self.selector_name)
+
+    @classmethod
+    def load(
+        cls,
+        model_path: Path,
+        *,
+        adapter: Path | None = None,
+        use_adapter: bool = True,
+        calibration: Path | None = None,
+        selector: str | None = None,
+        compensate: bool = False,
+        cache: SubNetCache | None = None,
+        reuse_threshold: float = 0.0,
+        on_warning: Callable[[str], None] = lambda line: None,
+    ) -> "Assistant":
+        """Open a checkpoint with what belongs to it.
+
+        The adapter and the calibration are, in this order: the ones named here, those in the
+        checkpoint's ``ifp/`` folder, those shipped with this package for this model.
+
+        Args:
+            model_path: a checkpoint directory.
+            adapter: an IFP adapter directory.
+            use_adapter: False ignores every adapter.
+            calibration: a file of ``ifp calibrate``.
+            selector: one of ``SELECTOR_NAMES`` or ``static:TASK``; None takes the best there is.
+            compensate: add the removed units' mean contribution as a bias.
+            cache: where selections by task are kept; None keeps nothing.
+            reuse_threshold: share of units in common above which another cached task's
+                sub-network is taken instead; 0 never does.
+            on_warning: called with one line for the user.
+
+        Raises:
+            CheckpointError: the directory is not a usable checkpoint.
+            AdapterError: the adapter was made for another model.
+            UsageError: the selector needs a file that is not there.
+        """
+        config = checkpoint.read_config(model_path)
+        ffn.ffn_layout(config["model_type"])
+        shipped = find_shipped(config)
+        side_folder = model_path / "ifp"
+        adapter_path = calibration_path = None
+        if use_adapter:
+            adapter_path = adapter or _first_existing(
+                side_folder / "adapter", shipped and shipped / "adapter"
+            )
+        calibration_path = calibration or _first_existing(
+            side_folder / "calibration.safetensors",
+            shipped and shipped / "calibration.safetensors",
+        )
+        model, config = checkpoint.load_model(model_path, "auto")
+        return cls(
+            model_path=model_path,
+            model=model,
+            config=config,
+            tokenizer=checkpoint.load_tokenizer(model_path),
+            selector=selector,
+            adapter=_load(adapter_path) if adapter_path else None,
+            calibration=Calibration.load(calibration_path) if calibration_path else None,
+            compensate=compensate,
+            cache=cache,
+            reuse_threshold=reuse_threshold,
+            on_warning=on_warning,
+        )
+
+    @property
+    def default_num_kept_units(self) -> int:
+        """K when the user does not say: what the adapter was trained for, or two thirds of F."""
+        if self.selector_name == "predictor" and self.adapter is not None:
+            return max(self.adapter.kept_units)
+        return round_keep_ratio(DEFAULT_KEEP_RATIO, self.num_units)
+
+    def dense(self) -> SubNetwork:
+        """Return the whole base model, without an adapter's changes."""
+        parameters = get_total_parameters(self._base_model)
+        return SubNetwork(
+            model=self._base_model,
+            selection=None,
+            selector="dense",
+            task=None,
+            num_kept_units=self.num_units,
+            num_units=self.num_units,
+            active_parameters=parameters,
+            total_parameters=parameters,
+        )
+
+    def subnetwork_for_task(self, task: str, num_kept_units: int) -> SubNetwork:
+        """Return the sub-network for a task description, from the cache if it is there. Evaluates.
+
+        Raises:
+            UsageError: the description is empty.
+            SelectionError: K is out of range.
+        """
+        if not task.strip():
+            raise UsageError("the task description is empty; say what you need help with")
+        if num_kept_units == self.num_units:
+            return dataclasses.replace(self.dense(), task=task)
+        if self.cache is None:
+            selection, selection_s = self._select(task, num_kept_units)
+            return self._cut(selection, task=task, selection_s=selection_s)
+        key = self.cache_key(task, num_kept_units)
+        cached = self.cache.get(key)
+        if cached is not None:
+            return self._cut(cached, task=task, from_cache=True)
+        with self.cache.lock(key):
+            cached = self.cache.get(key)  # another process may have been faster
+            if cached is not None:
+                return self._cut(cached, task=task, from_cache=True)
+            selection, selection_s = self._select(task, num_kept_units)
+            reused = self._find_near_duplicate(key, selection)
+            if reused is not None:
+                other_task, overlap, selection = reused
+                return self._cut(
+                    selection,
+                    task=task,
+                    selection_s=selection_s,
+                    reused_task=other_task,
+                    reuse_overlap=overlap,
+                )
+            try:
+                self.cache.put(key, selection, self.model_path.name)
+            except ResourceError as error:
+                self._on_warning(f"the sub-network is not cached: {error}")
+        return self._cut(selection, task=task, selection_s=selection_s)
+
+    def subnetwork_for_prompt(self, text: str, num_kept_units: int) -> SubNetwork:
+        """Return the sub-network that one prompt selects for itself; nothing is cached on disk.
+
+        Raises:
+            UsageError: the prompt is empty.
+            SelectionError: K is out of range.
+        """
+        if not text.strip():
+            raise UsageError("the prompt is empty; say what you want")
+        if num_kept_units == self.num_units:
+            return self.dense()
+        selection, selection_s = self._select(text, num_kept_units)
+        return self._cut(selection, selection_s=selection_s)
+
+    def select_for(self, text: str, num_kept_units: int) -> Selection:
+        """Return the units that a text selects, without slicing or caching. Evaluates."""
+        return self._select(text, num_kept_units)[0]
+
+    def cache_key(self, task: str, num_kept_units: int) -> CacheKey:
+        """Return the key under which a task's selection is kept."""
+        return CacheKey(
+            task=task,
+            base=checkpoint.fingerprint(self.model_path),
+            adapter=self.adapter.fingerprint if self.adapter is not None else "",
+            selector=self.selector_name,
+            selector_version=self._selector.version,
+            num_kept_units=num_kept_units,
+        )
+
+    def converse(
+        self,
+        subnet: SubNetwork,
+        *,
+        system_prompt: str | None = None,
+        messages: Sequence[Message] = (),
+        kv_options: KVCacheOptions | None = None,
+    ) -> Conversation:
+        """Return a conversation that a sub-network answers."""
+        return Conversation(
+            subnet.model,
+            self.tokenizer,
+            self.context_length,
+            system_prompt=system_prompt,
+            messages=messages,
+            kv_options=kv_options,
+        )
+
+    def _choose_selector(self, wanted: str | None) -> str:
+        missing = {
+            "predictor": self.adapter is None and "an IFP adapter (--adapter DIR)",
+            "blend": self.calibration is None and "a calibration (ifp calibrate)",
+            "static": self.calibration is None and "a calibration (ifp calibrate)",
+        }
+        if wanted is None:
+            return next(name for name in SELECTOR_NAMES if not missing.get(name))
+        kind = wanted.partition(":")[0]
+        if kind not in SELECTOR_NAMES:
+            raise UsageError(f"no selector {wanted!r}; there are: {', '.join(SELECTOR_NAMES)}")
+        if missing.get(kind):
+            raise UsageError(f"selector {wanted!r} needs {missing[kind]} for this model")
+        return wanted
+
+    def _make_selector(self, name: str) -> Selector:
+        kind, _, argument = name.partition(":")
+        if kind == "predictor" and self.adapter is not None:
+            return PredictorSelector(self.adapter.predictor(self._base_model))
+        if kind == "static" and self.calibration is not None:
+            selector = StaticSelector(self.calibration, argument or None)
+            selector.scores([])  # an unknown task is refused now, not at the first prompt
+            return selector
+        if kind == "blend" and self.calibration is not None:
+            return BlendSelector(self._base_model, self.calibration)
+        if kind == "random":
+            return RandomSelector(len(ffn.ffn_modules(self._base_model)), self.num_units)
+        return PromptSelector(self._base_model)
+
+    def _select(self, text: str, num_kept_units: int) -> tuple[Selection, float]:
+        start = time.perf_counter()
+        ids = self._instruction_ids(fold_task(text))
+        if len(ids) >= self.context_length:
+            raise UsageError(
+                f"the instruction has {len(ids)} tokens, the model's context "
+                f"{self.context_length}; shorten it or describe the task with --task"
+            )
+        selection = select(self._selector, ids, num_kept_units)
+        mx.eval(selection.indices)
+        return selection, time.perf_counter() - start
+
+    def _instruction_ids(self, text: str) -> list[int]:
+        if self.selector_name == "predictor" and self.adapter is not None:
+            return self.adapter.instruction_ids(self.tokenizer, text)
+        if self.tokenizer.chat_template is None:
+            return list(self.tokenizer.encode(text))
+        message = {"role": "user", "content": text}
+        return list(
+            self.tokenizer.apply_chat_template(
+                [message], add_generation_prompt=True, return_dict=False
+            )
+        )
+
+    def _find_near_duplicate(
+        self, key: CacheKey, selection: Selection
+    ) -> tuple[str, float, Selection] | None:
+        if not self._reuse_threshold or self.cache is None:
+            return None
+        best: tuple[str, float, Selection] | None = None
+        for entry in self.cache.entries():
+            if dataclasses.replace(entry.key, task=key.task) != key:
+                continue  # of another model, selector or K
+            other = entry.load()
+            overlap = float(selection.overlap(other).mean().item())  # type: ignore[arg-type]
+            if overlap >= self._reuse_threshold and (best is None or overlap > best[1]):
+                best = (entry.key.task, overlap, other)
+        return best
+
+    def _source_model(self) -> nn.Module:
+        """Return what is sliced: the base model with the adapter's changes, if it has any."""
+        if self.selector_name != "predictor" or self.adapter is None:
+            return self._base_model
+        if self._adapted_model is None:
+            self._adapted_model = self.adapter.apply(self._base_model)
+        return self._adapted_model
+
+    def _cut(
+        self,
+        selection: Selection,
+        *,
+        task: str | None = None,
+        selection_s: float = 0.0,
+        **facts: Any,
+    ) -> SubNetwork:
+        start = time.perf_counter()
+        digest = bytes(memoryview(selection.indices))
+        model = self._resident.pop(digest, None)
+        slicing_s = 0.0
+        if model is None:
+            compensation = self.calibration if self._compensate else None
+            model = slice_model(self._source_model(), selection, compensation=compensation)
+            mx.eval(model.parameters())
+            _require_finite(model, self.model_path)
+            slicing_s = time.perf_counter() - start
+        self._resident[digest] = model
+        self._evict()
+        return SubNetwork(
+            model=model,
+            selection=selection,
+            selector=self.selector_name,
+            task=task,
+            num_kept_units=selection.num_kept_units,
+            num_units=self.num_units,
+            selection_s=selection_s,
+            slicing_s=slicing_s,
+            active_parameters=get_total_parameters(model),
+            total_parameters=get_total_parameters(self._base_model),
+            **facts,
+        )
+
+    def _evict(self) -> None:
+        sizes = {digest: _ffn_bytes(model) for digest, model in self._resident.items()}
+        total_bytes = sum(sizes.values())
+        while total_bytes > self._max_resident_bytes and len(self._resident) > 1:
+            digest, _ = self._resident.popitem(last=False)
+            total_bytes -= sizes[digest]
+
+
+def _first_existing(*paths: Path | None) -> Path | None:
+    return next((path for path in paths if path is not None and path.exists()), None)
+
+
+def _ffn_bytes(model: nn.Module) -> int:
+    modules = ffn.ffn_modules(model)
+    return sum(array.nbytes for m in modules for _, array in tree_flatten(m.parameters()))
+
+
+def _require_finite(model: nn.Module, path: Path) -> None:
+    sums = [
+        array.astype(mx.float32).sum()
+        for module in ffn.ffn_modules(model)
+        for _, array in tree_flatten(module.parameters())
+        if mx.issubdtype(array.dtype, mx.floating)
+    ]
+    if not mx.isfinite(mx.stack(sums)).all().item():
+        raise CheckpointError(f"{path} has weights that are not finite; convert it again")
+
+
+def _load(path):
+    from ifp_mlx.adapter import load_adapter
+    return load_adapter(path)
