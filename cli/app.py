@@ -18,7 +18,6 @@ from ifp_mlx.errors import IFPError, UsageError
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
-EXIT_BROKEN_PIPE = 141  # what a shell reports for a writer whose reader went away
 
 app = typer.Typer(
     name="ifp",
@@ -77,7 +76,7 @@ def run(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         # The interpreter flushes stdout once more when it ends: let that go nowhere, quietly.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
+        return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except UsageError as error:

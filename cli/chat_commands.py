@@ -14,6 +14,8 @@ from ifp_mlx.cli.terminal import plural, say, status_console
 from ifp_mlx.errors import UsageError
 from ifp_mlx.sessions import Session, list_sessions
 
+_RECENT_CHARACTERS = 300  # of each message of the last exchange, shown when a chat goes on
+
 
 @dataclasses.dataclass(frozen=True)
 class Command:
@@ -231,14 +233,14 @@ class ChatCommands:
         raise Leave
 
     def show_recent(self) -> None:
-        """Show the last exchange of a continued chat."""
+        """Show the beginnings of the last exchange of a continued chat."""
         console = status_console()
         for message in self._chat.session.messages[-2:]:
-            mark = "›" if message["role"] == "user" else " "
-            lines = message["content"].strip().splitlines()
-            more = "" if len(lines) <= 6 else f"\n  … {plural(len(lines) - 6, 'more line')}"
-            text = f"{mark} " + "\n  ".join(lines[:6]) + more
-            console.print(text, style="dim", markup=False)
+            text = message["content"].strip()
+            if len(text) > _RECENT_CHARACTERS:
+                text = f"{text[:_RECENT_CHARACTERS]}…"
+            mark = "› " if message["role"] == "user" else ""
+            console.print(f"{mark}{text}", style="dim", markup=False)
 
 
 def code_blocks(markdown: str) -> list[str]:

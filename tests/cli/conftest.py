@@ -111,6 +111,38 @@ def word_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_word_model(tmp_path_factory.mktemp("models") / "words")
 
 
+@pytest.fixture(scope="session")
+def short_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a checkpoint that answers ``WORDS`` and has room for a few turns only."""
+    folder = tmp_path_factory.mktemp("models") / "short"
+    return write_word_model(folder, context_length=256)
+
+
+@pytest.fixture(scope="session")
+def endless_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a checkpoint that answers ``WORDS`` over and over."""
+    folder = tmp_path_factory.mktemp("models") / "endless"
+    return write_word_model(folder, context_length=200_000, endless=True)
+
+
+@pytest.fixture
+def small_model(tiny_checkpoint: Callable[..., Path]) -> Path:
+    """Return a checkpoint with random weights, whose answers depend on the prompt."""
+    return tiny_checkpoint(name="small")
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[str]:
+    """Return prompts of different length."""
+    return ["hi", "Write a haiku about the sea.", "2+2", "def f(x):\n    return", "ä ö ü?"]
+
+
+@pytest.fixture(scope="session")
+def words() -> str:
+    """Return what ``word_model`` answers."""
+    return WORDS
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """What one command line did."""

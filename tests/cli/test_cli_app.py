@@ -1,0 +1,99 @@
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ifp_mlx import __version__
+
+Run = Callable[..., "Outcome"]  # noqa: F821 - conftest's, which tests cannot import
+
+
+def one_line(outcome: object, *parts: str) -> bool:
+    """Return whether stderr is one ``ifp:`` line that holds every part, and stdout is empty."""
+    lines = outcome.stderr.splitlines()  # type: ignore[attr-defined]
+    return (
+        outcome.stdout == ""  # type: ignore[attr-defined]
+        and len(lines) == 1
+        and lines[0].startswith("ifp: ")
+        and all(part in lines[0] for part in parts)
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["chat", "--help"], ["generate", "--help"]])
+def test_help_does_not_import_heavy_modules(arguments: list[str]) -> None:
+    program = (
+        "import sys\nfrom ifp_mlx.cli.app import run\n"
+        f"code = run({arguments!r})\n"
+        "heavy = ('mlx', 'mlx.core', 'mlx_lm', 'transformers', 'numpy', 'rich', 'prompt_toolkit')\n"
+        "print([name for name in heavy if name in sys.modules], code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[] 0", done.stderr
+
+
+def test_version_is_the_package_version(ifp: Run) -> None:
+    outcome = ifp("--version")
+    assert (outcome.code, outcome.stdout) == (0, f"ifp {__version__}\n")
+
+
+def test_no_command_prints_the_help(ifp: Run) -> None:
+    outcome = ifp()
+    assert outcome.code == 2
+    assert "Usage: ifp" in outcome.stdout + outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["bogus"], "No such command 'bogus'"),
+        (["chat", "--bogus"], "No such option: --bogus"),
+        (
+            ["generate", "x", "--max-tokens", "many"],
+            "Input should be a valid integer",
+        ),
+        (["generate", "x", "--max-tokens", "0"], "--max-tokens"),
+        (["generate", "x", "--keep", "0.5", "--keep-units", "64"], "exclude each other"),
+        (["generate", "x", "--dense", "--keep", "0.5"], "--dense keeps every unit"),
+        (["generate", "x", "--adapter", "a", "--no-adapter"], "exclude each other"),
+        (["generate", "x", "--task", " "], "--task is empty"),
+        (["generate", "x", "--raw", "--system-prompt", "s"], "--system-prompt needs"),
+        (["chat", "--resume", "--session", "a"], "--resume continues the latest"),
+        (["chat", "--resume"], "no chat to resume"),
+        (["chat", "--session", "../x"], "cannot be a session's name"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_usage_is_one_line_and_exit_2(ifp: Run, arguments: list[str], part: str) -> None:
+    outcome = ifp(*arguments)
+    assert outcome.code == 2
+    assert one_line(outcome, part)
+
+
+def test_interrupt_exits_130(ifp: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ifp_mlx.cli.generate.read_prompt", interrupted)
+    assert ifp("generate", "x").code == 130
+
+
+def test_closed_pipe_ends_quietly(word_model: Path, tmp_path: Path) -> None:
+    # The reader is gone before the first word: every write fails.
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-c", "from ifp_mlx.cli.app import main; main()"]
+    done = subprocess.run(
+        [*command, "generate", "hello", "--model", str(word_model)],
+        stdout=write_end,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "IFP_HOME": str(tmp_path)},
+    )
+    os.close(write_end)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "Broken pipe" not in done.stderr

@@ -1,0 +1,98 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def filled(ifp: Run, small_model: Path) -> Run:
+    """Return ``ifp`` with three cached tasks."""
+    for task in ("write words", "write a word", "count the number of 12345"):
+        assert ifp("cache", "add", task, "--model", small_model, "--keep-units", "64").code == 0
+    return ifp
+
+
+def test_cache_list_tells_task_amount_selector_and_model(filled: Run) -> None:
+    outcome = filled("cache", "list")
+    assert outcome.code == 0
+    for part in ("write a word", "64/192", "prompt", "small", "just now"):
+        assert part in outcome.stdout
+    assert "3 sub-networks" in outcome.stderr
+    records = json.loads(filled("cache", "list", "--json").stdout)
+    assert {record["task"] for record in records} >= {"write words", "write a word"}
+    assert all(Path(record["path"]).is_file() for record in records)
+
+
+def test_cache_list_of_an_empty_cache_says_how_to_fill_it(ifp: Run) -> None:
+    outcome = ifp("cache", "list")
+    assert (outcome.code, outcome.stdout) == (0, "")
+    assert "ifp cache add" in outcome.stderr
+    assert json.loads(ifp("cache", "list", "--json").stdout) == []
+
+
+def test_cache_show_compares_with_the_other_entries(filled: Run) -> None:
+    outcome = filled("cache", "show", "write words")
+    for part in ("write words", "64 of 192", "prompt", "overlap", "write a word"):
+        assert part in outcome.stdout
+    record = json.loads(filled("cache", "show", "write words", "--json").stdout)
+    assert record["num_kept_units"] == 64
+    assert {other["task"] for other in record["overlaps"]} == {
+        "write a word",
+        "count the number of 12345",
+    }
+    assert all(0 < other["overlap"] <= 1 for other in record["overlaps"])
+
+
+def test_cache_show_takes_the_beginning_of_a_key(filled: Run) -> None:
+    key = json.loads(filled("cache", "list", "--json").stdout)[0]["key"]
+    assert json.loads(filled("cache", "show", key[:8], "--json").stdout)["key"] == key
+
+
+def test_cache_add_prints_the_entry(ifp: Run, small_model: Path) -> None:
+    outcome = ifp("cache", "add", "write words", "--model", small_model, "--json")
+    record = json.loads(outcome.stdout)
+    assert record["task"] == "write words"
+    again = ifp("cache", "add", "write words", "--model", small_model)
+    assert "cache hit" in again.stderr
+
+
+def test_cache_rm_removes_what_is_named(filled: Run) -> None:
+    outcome = filled("cache", "rm", "write words", "write a word")
+    assert outcome.code == 0
+    assert 'removed "write words"' in outcome.stderr
+    assert len(json.loads(filled("cache", "list", "--json").stdout)) == 1
+
+
+def test_cache_rm_removes_nothing_if_one_name_is_wrong(filled: Run) -> None:
+    outcome = filled("cache", "rm", "write words", "no such task")
+    assert outcome.code == 1
+    assert "no cached sub-network for 'no such task'" in outcome.stderr
+    assert len(json.loads(filled("cache", "list", "--json").stdout)) == 3
+
+
+def test_cache_prune_removes_what_does_not_fit(filled: Run) -> None:
+    assert json.loads(filled("cache", "prune", "--max-mb", "1", "--json").stdout) == []
+    outcome = filled("cache", "prune", "--max-mb", "0")
+    assert "removed 3 sub-networks" in outcome.stderr
+    assert json.loads(filled("cache", "list", "--json").stdout) == []
+
+
+def test_cache_verify_reports_damage_and_moves_it_aside(filled: Run) -> None:
+    assert filled("cache", "verify").code == 0
+    damaged = Path(json.loads(filled("cache", "list", "--json").stdout)[0]["path"])
+    damaged.write_bytes(damaged.read_bytes()[:-40])
+    outcome = filled("cache", "verify", "--json")
+    assert outcome.code == 1
+    assert json.loads(outcome.stdout)["good"] == 2
+    assert len(json.loads(outcome.stdout)["problems"]) == 1
+    assert filled("cache", "verify").code == 0
+
+
+def test_cache_path_is_in_the_home_folder(ifp: Run, tmp_path: Path) -> None:
+    folder = str(tmp_path / "home" / "subnets")
+    assert ifp("cache", "path").stdout == f"{folder}\n"
+    assert json.loads(ifp("cache", "path", "--json").stdout) == {"path": folder}
