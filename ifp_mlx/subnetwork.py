@@ -3,25 +3,104 @@
 The compact model is the same mlx-lm class with ``intermediate_size`` K. Everything outside the
 FFNs is the dense model's own arrays, shared and not copied, so many sub-networks of one model
 cost their FFN slices and one of everything else.
+
+Quantized checkpoints: gate and up rows are gathered packed, bit for bit. Columns of the down
+projection cut across its quantization groups, so they are taken apart and then either kept as
+plain weights, which is exact, or quantized again at 8 bits, whose error is measured.
 """
 
 import dataclasses
-from typing import cast
+from typing import Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from ifp_mlx import ffn
 from ifp_mlx.calibration import Calibration
 from ifp_mlx.selection import Selection
 
 REQUANTIZED_DOWN_BITS = 8
-"""Columns of a quantized down projection cut across its groups, so that they cannot be gathered in
-packed form. At 8 bits the second rounding is far below the first."""
+"""At 8 bits the second rounding of a down projection is far below the first."""
+
+_ROW_PARTS = ("weight", "scales", "biases", "bias")
+
+
+@dataclasses.dataclass(frozen=True)
+class GatheredUnits:
+    """The kept FFN units of one layer.
+
+    Attributes:
+        row_projections: name -> linear layer with the kept output rows, packed if it was packed.
+        columns: (D, K) the kept columns of the down projection, dequantized.
+    """
+
+    row_projections: dict[str, nn.Module]
+    columns: mx.array
+
+
+class UnitSource(Protocol):
+    """Where FFN units come from: a model in memory or a checkpoint on disk."""
+
+    def gather(self, layer: int, units: mx.array) -> GatheredUnits:
+        """Return the given (K,) int32 units of a layer."""
+
+    def down_product(self, layer: int, activations: mx.array) -> mx.array:
+        """Return (D,) float32: a layer's down projection times (F,) unit activations."""
+
+
+class ResidentUnits:
+    """The units of a model in memory. Lazy."""
+
+    def __init__(self, model: nn.Module):
+        self._layout = ffn.ffn_layout(model.args.model_type)
+        self._ffns = ffn.ffn_modules(model)
+        self._num_units = ffn.num_units(model)
+        self._dtype = compute_dtype(model)
+
+    def gather(self, layer: int, units: mx.array) -> GatheredUnits:
+        """Return the given units of a layer."""
+        module = self._ffns[layer]
+        rows = mx.concatenate([units, units + self._num_units]) if self._layout.fused else units
+        return GatheredUnits(
+            {name: slice_rows(module[name], rows) for name in self._layout.row_projections},
+            mx.take(dequantized(module[self._layout.down], self._dtype), units, axis=1),
+        )
+
+    def down_product(self, layer: int, activations: mx.array) -> mx.array:
+        """Return the down projection times unit activations; contracts the units."""
+        down = self._ffns[layer][self._layout.down]
+        return dequantized(down, self._dtype).astype(mx.float32) @ activations
+
+
+@dataclasses.dataclass
+class RequantizationError:
+    """Sums over down projections that were quantized again. Lazy until ``relative`` is read."""
+
+    squared_difference: mx.array = dataclasses.field(default_factory=lambda: mx.array(0.0))
+    squared_reference: mx.array = dataclasses.field(default_factory=lambda: mx.array(0.0))
+
+    def add(self, exact: mx.array, actual: mx.array) -> None:
+        """Count one layer's (D, K) columns, exact and as they are now."""
+        exact = exact.astype(mx.float32)
+        delta = actual.astype(mx.float32) - exact
+        self.squared_difference = self.squared_difference + (delta * delta).sum()
+        self.squared_reference = self.squared_reference + (exact * exact).sum()
+
+    @property
+    def relative(self) -> float:
+        """Frobenius norm of the difference over that of the exact columns. Evaluates."""
+        if not self.squared_difference.item():
+            return 0.0
+        return cast(float, mx.sqrt(self.squared_difference / self.squared_reference).item())
 
 
 def slice_model(
-    model: nn.Module, selection: Selection, *, compensation: Calibration | None = None
+    model: nn.Module,
+    selection: Selection,
+    *,
+    compensation: Calibration | None = None,
+    exact_down: bool = False,
 ) -> nn.Module:
     """Return the compact model that keeps the selected FFN units.
 
@@ -35,6 +114,7 @@ def slice_model(
             ``mx.take`` reads out of range without complaint.
         compensation: adds the mean contribution of the removed units as a bias of the down
             projection (FLAP, An et al. 2024).
+        exact_down: keep the columns of a quantized down projection as plain weights.
 
     Returns:
         A new model of the same class. Lazy: evaluate its parameters to do the gathers.
@@ -43,64 +123,105 @@ def slice_model(
         SelectionError: the selection does not fit the model.
     """
     selection.validate(model)
-    layout = ffn.ffn_layout(model.args.model_type)
-    compact: nn.Module = ffn.clone_module(model)
-    compact.args = _compact_args(model.args, selection.num_kept_units)
-    removed_means = None
-    if compensation is not None:
-        removed_means = compensation.mean_activation * (1 - selection.mask())  # (L, F)
-    for layer, module in enumerate(ffn.ffn_modules(compact)):
-        indices = selection.indices[layer]  # (K,)
-        values = None if selection.mask_values is None else selection.mask_values[layer]
-        rows = mx.concatenate([indices, indices + selection.num_units]) if layout.fused else indices
-        down = module[layout.down]
-        for name in layout.row_projections:
-            module[name] = slice_rows(module[name], rows)
-        module[layout.down] = slice_columns(down, indices, values)
-        if removed_means is not None:
-            # (D, F) @ (F,) contracts the units; those that are kept have mean 0 here.
-            offset = ffn.dense_weight(down).astype(mx.float32) @ removed_means[layer]
-            _add_bias(module[layout.down], offset.astype(ffn.dense_weight(down).dtype))
+    compact = compact_skeleton(model, selection)
+    source = ResidentUnits(model)
+    for layer in range(selection.num_layers):
+        fill_layer(
+            compact, layer, selection, source, compensation=compensation, exact_down=exact_down
+        )
     return compact
 
 
-def _compact_args(args: object, num_kept_units: int) -> object:
+def compact_skeleton(model: nn.Module, selection: Selection) -> nn.Module:
+    """Return a copy of ``model``, sharing its arrays, that says it has K units a layer."""
+    compact: nn.Module = ffn.clone_module(model)
     # gpt2 has no such field: its width is 4 * n_embd, and nothing but the weights holds it.
-    if dataclasses.is_dataclass(args) and hasattr(args, "intermediate_size"):
-        return dataclasses.replace(args, intermediate_size=num_kept_units)  # type: ignore[type-var]
-    return args
+    if dataclasses.is_dataclass(model.args) and hasattr(model.args, "intermediate_size"):
+        compact.args = dataclasses.replace(
+            model.args,  # type: ignore[type-var]
+            intermediate_size=selection.num_kept_units,
+        )
+    return compact
+
+
+def fill_layer(
+    compact: nn.Module,
+    layer: int,
+    selection: Selection,
+    source: UnitSource,
+    *,
+    compensation: Calibration | None = None,
+    exact_down: bool = False,
+    error: RequantizationError | None = None,
+) -> None:
+    """Replace the FFN of one layer of a ``compact_skeleton`` by the selected units. Lazy.
+
+    Args:
+        compact: changed in place; this layer's FFN is still the dense one.
+        layer: which layer.
+        selection: validated.
+        source: where the units come from.
+        compensation: as in ``slice_model``.
+        exact_down: as in ``slice_model``.
+        error: counts the down projection if it is quantized again.
+    """
+    layout = ffn.ffn_layout(compact.args.model_type)
+    module = ffn.ffn_modules(compact)[layer]
+    down = module[layout.down]
+    units = source.gather(layer, selection.indices[layer])
+    columns = units.columns
+    projections = units.row_projections
+    if selection.mask_values is not None:
+        values = selection.mask_values[layer]
+        if _can_scale_rows(projections):
+            projections = {**projections, "up_proj": scale_rows(projections["up_proj"], values)}
+        else:
+            columns = (columns * values).astype(columns.dtype)
+    for name, linear in projections.items():
+        module[name] = linear
+    module[layout.down] = make_down(down, columns, exact=exact_down)
+    if error is not None and isinstance(module[layout.down], nn.QuantizedLinear):
+        error.add(columns, dequantized(module[layout.down], mx.float32))
+    if compensation is not None:
+        removed = 1 - selection.mask()[layer]  # (F,)
+        offset = source.down_product(layer, compensation.mean_activation[layer] * removed)
+        _add_bias(module[layout.down], offset.astype(columns.dtype))
 
 
 def slice_rows(linear: nn.Module, rows: mx.array) -> nn.Module:
     """Return a linear layer with the given output rows: bit-exact, packed weights stay packed."""
     sliced: nn.Module = ffn.clone_module(linear)
-    for name in ("weight", "scales", "biases", "bias"):
+    for name in _ROW_PARTS:
         if linear.get(name) is not None:
             sliced[name] = mx.take(linear[name], rows, axis=0)
     return sliced
 
 
-def slice_columns(
-    linear: nn.Module, columns: mx.array, values: mx.array | None = None
-) -> nn.Module:
-    """Return a linear layer with the given input columns, each times its value if there are any.
+def scale_rows(linear: nn.Module, values: mx.array) -> nn.Module:
+    """Return an affinely quantized layer with each output row times its value: codes stay."""
+    scaled: nn.Module = ffn.clone_module(linear)
+    for name in ("scales", "biases", "bias"):
+        if linear.get(name) is not None:
+            part = linear[name]
+            factors = values if part.ndim == 1 else values[:, None]
+            scaled[name] = (part * factors).astype(part.dtype)
+    return scaled
 
-    A quantized layer comes back quantized at 8 bits where its group size divides the number of
-    columns, else as plain weights.
+
+def make_down(down: nn.Module, columns: mx.array, *, exact: bool) -> nn.Module:
+    """Return a down projection with the given (D, K) columns and the bias of ``down``.
+
+    In place of a quantized layer comes one of 8 bits, if its group size divides K and ``exact``
+    is not asked for; else plain weights.
     """
-    weight = mx.take(ffn.dense_weight(linear), columns, axis=1)  # (D, F) -> (D, K)
-    if values is not None:
-        weight = weight * values.astype(weight.dtype)
-    if not isinstance(linear, nn.QuantizedLinear):
-        sliced: nn.Module = ffn.clone_module(linear)
-        sliced.weight = weight
-        return sliced
-    plain = nn.Linear(1, 1, bias="bias" in linear)
-    plain.weight = weight
-    if "bias" in linear:
-        plain.bias = linear.bias
-    group_size = max(int(linear.group_size), 32)
-    if columns.size % group_size:
+    plain = nn.Linear(1, 1, bias=False)
+    plain.weight = columns
+    if "bias" in down:
+        plain.bias = down.bias
+    if not isinstance(down, nn.QuantizedLinear) or exact:
+        return plain
+    group_size = max(int(down.group_size), 32)
+    if columns.shape[1] % group_size:
         return plain
     quantized: nn.Module = nn.QuantizedLinear.from_linear(plain, group_size, REQUANTIZED_DOWN_BITS)
     return quantized
@@ -113,21 +234,41 @@ def down_requantization_error(model: nn.Module, compact: nn.Module, selection: S
     norm of the dense ones, across all layers; 0 for plain weights.
     """
     name = ffn.ffn_layout(model.args.model_type).down
-    difference, reference = mx.array(0.0), mx.array(0.0)
-    pairs = zip(ffn.ffn_modules(model), ffn.ffn_modules(compact), strict=True)
-    for layer, (dense, cut) in enumerate(pairs):
-        exact = slice_columns(_dequantized(dense[name]), selection.indices[layer])
-        exact_weight = exact.weight.astype(mx.float32)
-        delta = ffn.dense_weight(cut[name]).astype(mx.float32) - exact_weight
-        difference = difference + (delta * delta).sum()
-        reference = reference + (exact_weight * exact_weight).sum()
-    return cast(float, mx.sqrt(difference / reference).item())
+    source = ResidentUnits(model)
+    error = RequantizationError()
+    for layer, module in enumerate(ffn.ffn_modules(compact)):
+        if isinstance(module[name], nn.QuantizedLinear):
+            columns = source.gather(layer, selection.indices[layer]).columns
+            error.add(columns, dequantized(module[name], mx.float32))
+    return error.relative
 
 
-def _dequantized(linear: nn.Module) -> nn.Module:
-    plain = nn.Linear(1, 1, bias=False)
-    plain.weight = ffn.dense_weight(linear)
-    return plain
+def compute_dtype(model: nn.Module) -> mx.Dtype:
+    """Return the floating type that a model computes in: that of its first layer's norms."""
+    arrays = [array for _, array in cast(list[tuple[str, mx.array]], tree_flatten(model.layers[0]))]
+    vectors = [a for a in arrays if a.ndim == 1 and mx.issubdtype(a.dtype, mx.floating)]
+    return vectors[0].dtype
+
+
+def dequantized(linear: nn.Module, dtype: mx.Dtype) -> mx.array:
+    """Return the (out, in) weight of a linear layer: plain ones as they are, packed ones in dtype.
+
+    Scales are cast first, so that a float32 result is not rounded to the type they are stored in:
+    ``quantized_matmul`` with float32 activations does the same.
+    """
+    if not isinstance(linear, nn.QuantizedLinear):
+        return ffn.dense_weight(linear)
+    wide: nn.Module = ffn.clone_module(linear)
+    if linear.mode == "affine":
+        for name in ("scales", "biases"):
+            wide[name] = linear[name].astype(dtype)
+    return ffn.dense_weight(wide).astype(dtype)
+
+
+def _can_scale_rows(projections: dict[str, nn.Module]) -> bool:
+    # Only up is linear in what it multiplies, and only affine scales are ordinary numbers.
+    up = projections.get("up_proj")
+    return isinstance(up, nn.QuantizedLinear) and up.mode == "affine"
 
 
 def _add_bias(linear: nn.Module, offset: mx.array) -> None:
