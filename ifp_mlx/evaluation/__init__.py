@@ -1,0 +1,1 @@
+"""Measuring sub-networks on held-out text."""

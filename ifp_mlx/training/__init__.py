@@ -1,0 +1,1 @@
+"""Training of the sparsity predictor and of the model behind its masks."""

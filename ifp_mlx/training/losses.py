@@ -1,0 +1,77 @@
+"""Losses: cross-entropy where the targets are, and distillation from the dense model."""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ifp_mlx.training.config import DistillationConfig
+from ifp_mlx.training.schedule import Batch
+
+
+def target_logits(model: nn.Module, batch: Batch) -> mx.array:
+    """Return the (N, V) logits at the batch's loss positions alone.
+
+    The vocabulary is the largest axis of a small model: logits of the prompt are not computed.
+    """
+    hidden = model.model(batch.token_ids)  # (B, T, D)
+    picked = hidden.reshape(-1, hidden.shape[-1])[batch.positions]
+    return output_logits(model, picked)
+
+
+def output_logits(model: Any, hidden: mx.array) -> mx.array:
+    """Map (..., D) normed hidden states to (..., V) logits as the model's own call does."""
+    if model.args.tie_word_embeddings:
+        logits = model.model.embed_tokens.as_linear(hidden)
+    else:
+        logits = model.lm_head(hidden)
+    result: mx.array = logits
+    return result
+
+
+def weighted_cross_entropy(logits: mx.array, batch: Batch) -> mx.array:
+    """Return the scalar cross-entropy, weighted by the batch; float32 over the vocabulary."""
+    logits = logits.astype(mx.float32)
+    chosen = mx.take_along_axis(logits, batch.labels[:, None], axis=-1)[:, 0]
+    return (batch.weights * (mx.logsumexp(logits, axis=-1) - chosen)).sum()
+
+
+def distillation_loss(
+    logits: mx.array, teacher_logits: mx.array, batch: Batch, config: DistillationConfig
+) -> mx.array:
+    """Return the weighted KL divergence from the teacher's distribution to the student's.
+
+    With ``top_tokens`` set, both are restricted to the teacher's most likely tokens and
+    renormalised over them.
+
+    Args:
+        logits: (N, V) of the student.
+        teacher_logits: (N, V) of the dense model; no gradient flows into it.
+        batch: gives the weights.
+        config: top_tokens and temperature.
+    """
+    student = logits.astype(mx.float32) / config.temperature
+    teacher = mx.stop_gradient(teacher_logits.astype(mx.float32)) / config.temperature
+    if 0 < config.top_tokens < teacher.shape[-1]:
+        top = mx.argpartition(-teacher, config.top_tokens - 1, axis=-1)[:, : config.top_tokens]
+        student = mx.take_along_axis(student, top, axis=-1)
+        teacher = mx.take_along_axis(teacher, top, axis=-1)
+    student = student - mx.logsumexp(student, axis=-1, keepdims=True)
+    teacher = teacher - mx.logsumexp(teacher, axis=-1, keepdims=True)
+    divergence = (mx.exp(teacher) * (teacher - student)).sum(axis=-1)
+    return (batch.weights * divergence).sum() * config.temperature**2
+
+
+def mean_pairwise_overlap(masks: mx.array, keep_units: int) -> mx.array:
+    """Return the mean share of kept units that two samples' masks have in common, over all pairs.
+
+    Args:
+        masks: (B, L, F) in [0, 1], each layer summing to K; float32. B of at least 2.
+        keep_units: K.
+
+    Returns:
+        (L,) float32.
+    """
+    count = masks.shape[0]
+    together = masks.sum(axis=0).square().sum(axis=-1) - masks.square().sum(axis=(0, 2))
+    return together / (count * (count - 1) * keep_units)

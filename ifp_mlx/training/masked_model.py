@@ -1,0 +1,107 @@
+"""The model in training: plain weights in, logits behind masks out."""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ifp_mlx import ffn
+from ifp_mlx.errors import TrainingError
+from ifp_mlx.training.config import TrainingConfig
+from ifp_mlx.training.optimizer import FlatLayout, trainable
+
+
+class MaskedModel:
+    """A model whose trainable weights and masks are set for each pass.
+
+    Attributes:
+        module: the mlx-lm model, in the compute dtype, with maskable FFN units.
+        layout: the trainable tensors.
+        dtype: of the computation.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainingConfig):
+        self.dtype = mx.bfloat16 if config.compute_dtype == "bfloat16" else mx.float32
+        module = ffn.clone_module(model)
+        if config.lora.rank:
+            _add_lora(module, config)
+        else:
+            module.unfreeze()
+            module.model[_embedding_name(module)].freeze()
+            if "lm_head" in module:
+                module.lm_head.freeze()
+        # Collected before the cast and before the masks change the names.
+        parameters = trainable(module)
+        if not parameters:
+            raise TrainingError("nothing is left to train in this model")
+        self._plain_layout = FlatLayout.of(parameters)
+        self.initial = self._plain_layout.flatten(
+            [parameters[name] for name in self._plain_layout.names]
+        )
+        module.set_dtype(self.dtype)
+        self.module = ffn.with_unit_masks(module) if config.mask != "none" else module
+        down = ffn.ffn_layout(model.args.model_type).down
+        masked_names = tuple(
+            _masked_name(name, down) if config.mask != "none" else name
+            for name in self._plain_layout.names
+        )
+        self.layout = FlatLayout(masked_names, self._plain_layout.shapes)
+        if config.gradient_checkpointing:
+            _checkpoint_ffn(self.module)
+
+    def set(self, tensors: list[mx.array], masks: mx.array | None) -> nn.Module:
+        """Put weights (in the layout's order) and masks in place; return the module."""
+        self.layout.install(self.module, tensors)
+        if masks is not None:
+            ffn.set_unit_masks(self.module, masks)
+        return self.module
+
+    def cast(self, weights: mx.array) -> list[mx.array]:
+        """Return the tensors of flat master weights in the compute dtype."""
+        return self.layout.split(weights.astype(self.dtype))
+
+    def plain_weights(self, weights: mx.array) -> dict[str, mx.array]:
+        """Return name -> float32 tensor, named as in the model before it was wrapped."""
+        return self._plain_layout.named(weights)
+
+
+def _add_lora(module: nn.Module, config: TrainingConfig) -> None:
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    module.freeze()
+    options = {"rank": config.lora.rank, "scale": config.lora.scale, "dropout": 0.0}
+    linear_to_lora_layers(module, len(module.layers), options)
+
+
+def _embedding_name(module: Any) -> str:
+    return "embed_tokens" if "embed_tokens" in module.model else "wte"
+
+
+def _masked_name(name: str, down: str) -> str:
+    """Return a parameter's name once its down projection is wrapped in a MaskedDown."""
+    return name.replace(f".{down}.", f".{down}.down.")
+
+
+def _checkpoint_ffn(module: nn.Module) -> None:
+    """Recompute each layer's FFN in the backward pass: its activations are the widest."""
+    for ffn_module in ffn.ffn_modules(module):
+        ffn_module.__class__ = _checkpointed_class(type(ffn_module))
+
+
+def _checkpointed_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return a subclass whose call keeps only its inputs for the backward pass."""
+
+    def call(self: nn.Module, x: mx.array) -> mx.array:
+        masks = [child._mask for child in self.values() if isinstance(child, ffn.MaskedDown)]
+
+        def run(parameters: Any, masks: list[mx.array | None], x: mx.array) -> mx.array:
+            self.update(parameters)
+            for child in self.values():
+                if isinstance(child, ffn.MaskedDown):
+                    child._mask = masks[0]
+            return kind.__call__(self, x)  # type: ignore[no-any-return, operator]
+
+        result: mx.array = mx.checkpoint(run)(self.trainable_parameters(), masks, x)
+        return result
+
+    return type(kind.__name__, (kind,), {"__call__": call})
