@@ -1,5 +1,6 @@
 """A GGUF file turned into an mlx-lm checkpoint directory."""
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,6 +80,10 @@ def write_gguf_checkpoint(
     write_json(target / "config.json", config)
     write_json(target / "generation_config.json", generation)
     tokenizer.save_pretrained(target)
+    # The class that transformers 5 writes is unknown to transformers 4; this one both know.
+    settings = json.loads((target / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    write_json(target / "tokenizer_config.json", settings)
 
 
 def _parameters(

@@ -79,7 +79,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise _damaged(path, f"tensor {tensor.name!r} {how} the one before it")
         position += tensor.num_bytes
     if position != file_bytes:
-        raise _damaged(path, f"its tensors take {position} bytes, the file has {file_bytes}")
+        raise _damaged(
+            path, f"its tensors take {position - start} bytes, it has {file_bytes - start} for them"
+        )
     return {tensor.name: tensor for tensor in tensors}
 
 
