@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 
 from ifp_mlx import ffn
 from ifp_mlx.calibration import Calibration
+from ifp_mlx.gather import UnitMajorLinear, take_columns, take_rows
 from ifp_mlx.selection import Selection
 
 REQUANTIZED_DOWN_BITS = 8
@@ -64,8 +65,13 @@ class ResidentUnits:
         rows = mx.concatenate([units, units + self._num_units]) if self._layout.fused else units
         return GatheredUnits(
             {name: slice_rows(module[name], rows) for name in self._layout.row_projections},
-            mx.take(dequantized(module[self._layout.down], self._dtype), units, axis=1),
+            self._columns(module[self._layout.down], units),
         )
+
+    def _columns(self, down: nn.Module, units: mx.array) -> mx.array:
+        if isinstance(down, UnitMajorLinear):
+            return down.columns(units)
+        return take_columns(dequantized(down, self._dtype), units)
 
     def down_product(self, layer: int, activations: mx.array) -> mx.array:
         """Return the down projection times unit activations; contracts the units."""
@@ -193,7 +199,7 @@ def slice_rows(linear: nn.Module, rows: mx.array) -> nn.Module:
     sliced: nn.Module = ffn.clone_module(linear)
     for name in _ROW_PARTS:
         if linear.get(name) is not None:
-            sliced[name] = mx.take(linear[name], rows, axis=0)
+            sliced[name] = take_rows(linear[name], rows)
     return sliced
 
 
