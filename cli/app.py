@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from ifp_mlx import __version__
-from ifp_mlx.cli import cache, calibrate, chat, convert, doctor, generate, pull
+from ifp_mlx.cli import cache, calibrate, chat, convert, doctor, generate, pull, serve
 from ifp_mlx.cli.terminal import complain
 from ifp_mlx.errors import IFPError, UsageError
 
@@ -60,6 +60,7 @@ app.command("generate")(generate.generate)
 app.add_typer(cache.app, name="cache")
 app.command("convert")(convert.convert)
 app.command("calibrate")(calibrate.calibrate)
+app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
 
 # Typer carries its own copy of click, of which this exception is the public name.

@@ -1,0 +1,208 @@
+"""``ifp serve``: an OpenAI-compatible server for one model and its tasks."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ifp_mlx.cli import options
+from ifp_mlx.cli.loading import (
+    ModelChoice,
+    SubnetChoice,
+    describe_subnetwork,
+    load_assistant,
+    num_kept_units,
+)
+from ifp_mlx.cli.terminal import plural, say, working
+from ifp_mlx.errors import ResourceError, UsageError
+
+if TYPE_CHECKING:
+    from ifp_mlx.server.http import Server
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def serve(
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            "-t",
+            metavar="NAME=SENTENCE",
+            help="Serve a task as the model MODEL:NAME; may be given several times.",
+        ),
+    ] = None,
+    model: options.Model = options.DEFAULT_MODEL,
+    adapter: options.Adapter = None,
+    no_adapter: options.NoAdapter = False,
+    keep: options.Keep = None,
+    keep_units: options.KeepUnits = None,
+    selector: options.Selector = "auto",
+    compensate: options.Compensate = False,
+    reuse: options.Reuse = 0.0,
+    no_cache: options.NoCache = False,
+    host: Annotated[
+        str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int,
+        typer.Option(
+            "--port", metavar="N", min=0, max=65535, help="Port to listen on; 0 takes a free one."
+        ),
+    ] = 8080,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key",
+            envvar="IFP_API_KEY",
+            metavar="KEY",
+            help="Clients must send this key as a bearer token. In the environment it stays out of "
+            "the list of processes.",
+        ),
+    ] = None,
+    max_tokens: options.MaxTokens = 512,
+    temp: options.Temp = 0.0,
+    decode_concurrency: Annotated[
+        int,
+        typer.Option(
+            "--decode-concurrency",
+            metavar="N",
+            min=1,
+            help="Answers of one sub-network that are made together.",
+        ),
+    ] = 8,
+    prompt_cache_bytes: Annotated[
+        int,
+        typer.Option(
+            "--prompt-cache-bytes",
+            metavar="N",
+            min=0,
+            help="Memory for the KV caches of earlier requests.",
+        ),
+    ] = 10**9,
+    max_requests: Annotated[
+        int,
+        typer.Option(
+            "--max-requests",
+            metavar="N",
+            min=1,
+            help="Requests in work and waiting; one more is refused with 429.",
+        ),
+    ] = 64,
+    max_body_bytes: Annotated[
+        int,
+        typer.Option("--max-body-bytes", metavar="N", min=1, help="Largest request body."),
+    ] = 2**20,
+    time_limit: Annotated[
+        float,
+        typer.Option(
+            "--time-limit",
+            metavar="SECONDS",
+            min=0.1,
+            help="Longest time for one answer, waiting included; then 503 or 504.",
+        ),
+    ] = 300.0,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Print one line a request on stderr.")
+    ] = False,
+) -> None:
+    """Serve the model to tools that speak OpenAI's API.
+
+    Each task is a model of its own (MODEL:NAME). The bare MODEL selects for the first message of
+    each conversation, or for the "task" field of a request; MODEL:dense keeps every unit.
+
+    Example: ifp serve --task python-helper="help me write Python" --task mail="write e-mails"
+    """
+    tasks = parse_tasks(task or [])
+    size = SubnetChoice(keep=keep, keep_units=keep_units)
+    assistant = load_assistant(
+        ModelChoice(model, adapter, no_adapter, selector, compensate, reuse, not no_cache)
+    )
+
+    from ifp_mlx.server.catalog import ModelCatalog
+    from ifp_mlx.server.engine import Engine, EngineOptions
+    from ifp_mlx.server.http import Limits, Server
+    from ifp_mlx.server.requests import RequestDefaults
+
+    kept = num_kept_units(assistant, size)
+    catalog = ModelCatalog(assistant.model_path.name, tasks)
+    for name, description in tasks.items():  # selected now, so that no request waits for it
+        with working(f"selecting for {name}"):
+            subnet = assistant.subnetwork_for_task(description, kept)
+        say(f"{catalog.base_name}:{name}: {describe_subnetwork(subnet)}")
+    engine = Engine(
+        assistant,
+        kept,
+        EngineOptions(
+            decode_concurrency, decode_concurrency, prompt_cache_bytes=prompt_cache_bytes
+        ),
+    )
+    try:
+        server = Server(
+            host,
+            port,
+            engine=engine,
+            catalog=catalog,
+            defaults=RequestDefaults(max_tokens, temp, assistant.context_length),
+            limits=Limits(max_body_bytes, max_requests, time_limit),
+            api_key=api_key or None,
+            on_log=say if verbose else lambda line: None,
+        )
+        if host not in _LOOPBACK and not api_key:
+            say(f"anyone who reaches {host} can use this server; --api-key asks for a key")
+        shown = f"[{host}]" if ":" in host else host
+        say(f"serving {', '.join(catalog.names)} on http://{shown}:{server.port}/v1")
+        _run(server)
+    finally:
+        engine.stop()
+
+
+def parse_tasks(values: list[str]) -> dict[str, str]:
+    """Return name -> description for ``NAME=SENTENCE`` options.
+
+    Raises:
+        UsageError: no '=', or a name twice.
+    """
+    tasks: dict[str, str] = {}
+    for value in values:
+        name, equals, description = value.partition("=")
+        if not equals:
+            raise UsageError(f'--task needs a name here: --task NAME="{value}"')
+        if name in tasks:
+            raise UsageError(f"--task {name} is given twice; each task needs a name of its own")
+        tasks[name] = description
+    return tasks
+
+
+def _run(server: Server) -> None:
+    """Serve until SIGTERM or Ctrl-C, then finish what is in work; a second signal does not wait."""
+    stop = threading.Event()
+    hurry = threading.Event()
+
+    def on_signal(signal_number: int, frame: object) -> None:
+        (hurry if stop.is_set() else stop).set()
+
+    former = {
+        number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1})
+    thread.start()
+    try:
+        while server.engine.is_healthy and not stop.wait(0.2):
+            pass
+        if server.num_requests:
+            say(f"finishing {plural(server.num_requests, 'request')}; again to stop at once")
+        deadline_s = server.limits.time_limit_s
+        while not hurry.is_set() and deadline_s > 0 and not server.drain(0.2):
+            deadline_s -= 0.2
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    if not server.engine.is_healthy:
+        raise ResourceError("the generation thread has died; what it said is above")
