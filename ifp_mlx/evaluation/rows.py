@@ -1,0 +1,160 @@
+"""What one row of a quality table measures: which units, how many, chosen from what.
+
+A row is written ``SELECTOR[:ARGUMENT][+CHANGE]...[@KEEP]``: ``blend@0.5``,
+``static:math+compensate@768``, ``predictor+task@512``, ``dense``.
+"""
+
+import dataclasses
+import re
+
+from ifp_mlx.config import check_keep_units, round_keep_ratio
+from ifp_mlx.errors import UsageError
+
+SELECTORS: dict[str, str] = {
+    "dense": "all units",
+    "predictor": "an adapter's trained predictor reads the prompt",
+    "blend": "ranks by prompt and by prior, mixed; blend:0.5 sets the share of the prior",
+    "prompt": "the prompt's activations alone",
+    "static": "the calibrated prior; static:TASK that of one calibrated task",
+    "domain": "the calibrated prior of each text's own domain, where there is one",
+    "random": "random units; random:SEED draws others",
+}
+
+CHANGES: dict[str, str] = {
+    "task": "the domain's task description selects, once for all its texts",
+    "fixed": "control: the mean of all texts' masks, for every text",
+    "shuffled": "control: each text gets the mask of a text of another domain",
+    "compensate": "removed units contribute their calibrated mean",
+    "adapted": "cut from the adapter's weights; always so for predictor rows",
+}
+
+_INPUT_DEPENDENT = frozenset({"predictor", "blend", "prompt"})
+_ROW = re.compile(
+    r"(?P<selector>[a-z]+)(?::(?P<argument>[^+@]+))?(?P<changes>(?:\+[a-z]+)*)(?:@(?P<keep>[\d.]+))?"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of a quality table.
+
+    Attributes:
+        selector: a key of ``SELECTORS``.
+        num_kept_units: K; F for ``dense``.
+        argument: the task of ``static``, the prior's share of ``blend``, the seed of ``random``.
+        per_task: the domain's description selects instead of each prompt.
+        control: ``fixed`` or ``shuffled``, or None.
+        compensate: removed units contribute their calibrated mean.
+        adapted: the units are those of the adapter's weights.
+    """
+
+    selector: str
+    num_kept_units: int
+    argument: str | None = None
+    per_task: bool = False
+    control: str | None = None
+    compensate: bool = False
+    adapted: bool = False
+
+    @property
+    def label(self) -> str:
+        """The row as it can be written again, K in units."""
+        amount = "" if self.selector == "dense" else f"@{self.num_kept_units}"
+        return self.name + amount
+
+    @property
+    def name(self) -> str:
+        """The row without its K."""
+        changes = [
+            *(["task"] if self.per_task else []),
+            *([self.control] if self.control else []),
+            *(["compensate"] if self.compensate else []),
+            *(["adapted"] if self.adapted and self.selector != "predictor" else []),
+        ]
+        argument = f":{self.argument}" if self.argument else ""
+        return self.selector + argument + "".join(f"+{change}" for change in changes)
+
+    @property
+    def reads_input(self) -> bool:
+        """Whether each text, or its task's description, selects."""
+        return self.selector in _INPUT_DEPENDENT
+
+
+def parse_row(text: str, num_units: int, default_num_kept_units: int) -> Row:
+    """Return the row that a text describes.
+
+    Args:
+        text: see the module's docstring. KEEP is a share up to 1, or a number of units above it.
+        num_units: F.
+        default_num_kept_units: K where the text does not say.
+
+    Raises:
+        UsageError: it is no row, or says things that exclude each other.
+    """
+    match = _ROW.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(
+            f"{text!r} is no row; write SELECTOR[:ARGUMENT][+CHANGE][@KEEP]: blend@0.5"
+        )
+    selector, argument = match["selector"], match["argument"]
+    if selector not in SELECTORS:
+        raise UsageError(f"row {text!r}: no selector {selector!r}; there are {_names(SELECTORS)}")
+    changes = match["changes"].split("+")[1:]
+    for change in changes:
+        if change not in CHANGES:
+            raise UsageError(f"row {text!r}: no change {change!r}; there are {_names(CHANGES)}")
+    _check_argument(text, selector, argument)
+    controls = [change for change in ("fixed", "shuffled") if change in changes]
+    if len(controls) > 1:
+        raise UsageError(f"row {text!r}: fixed and shuffled exclude each other")
+    if selector == "dense" and (match["keep"] or set(changes) - {"adapted"}):
+        raise UsageError(f"row {text!r}: dense keeps every unit; only +adapted goes with it")
+    if "task" in changes and selector not in _INPUT_DEPENDENT:
+        raise UsageError(f"row {text!r}: {selector} does not read its input; leave out +task")
+    return Row(
+        selector=selector,
+        num_kept_units=(
+            num_units
+            if selector == "dense"
+            else _num_kept_units(match["keep"], num_units, default_num_kept_units)
+        ),
+        argument=argument,
+        per_task="task" in changes,
+        control=controls[0] if controls else None,
+        compensate="compensate" in changes,
+        adapted="adapted" in changes or selector == "predictor",
+    )
+
+
+def _check_argument(text: str, selector: str, argument: str | None) -> None:
+    if argument is None:
+        return
+    if selector not in ("static", "blend", "random"):
+        raise UsageError(f"row {text!r}: {selector} takes no argument")
+    if selector == "random" and not argument.isdigit():
+        raise UsageError(f"row {text!r}: the seed must be a whole number")
+    if selector == "blend":
+        try:
+            share = float(argument)
+        except ValueError:
+            share = -1.0
+        if not 0.0 <= share <= 1.0:
+            raise UsageError(f"row {text!r}: the prior's share must be from 0 to 1")
+
+
+def _num_kept_units(keep: str | None, num_units: int, default: int) -> int:
+    if keep is None:
+        return default
+    try:
+        amount = float(keep)
+    except ValueError:
+        raise UsageError(f"@{keep} is no amount of units; write @0.5 or @768") from None
+    if amount <= 1.0:
+        return round_keep_ratio(amount, num_units)
+    if amount != int(amount):
+        raise UsageError(f"@{keep} is no amount of units; write @0.5 or @768")
+    return check_keep_units(int(amount), num_units)
+
+
+def _names(known: dict[str, str]) -> str:
+    return ", ".join(known)
