@@ -1,0 +1,1 @@
+"""Measurements of latency: models of given shapes with random weights, timed side by side."""

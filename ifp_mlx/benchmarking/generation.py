@@ -1,0 +1,130 @@
+"""Prefill once, then several samples of the one prompt: the pieces that the benchmarks time."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+from ifp_mlx.masking import top_k_indices
+from ifp_mlx.predictor import SparsityPredictor
+from ifp_mlx.selection import Selection
+from ifp_mlx.subnetwork import slice_model
+
+PREFILL_STEP_SIZE = 4096
+"""Prompt tokens in one forward pass; of longer prompts, chunks, all in one evaluation."""
+
+
+class ChosenUnits(Selection):
+    """A selection straight from ``top_k_indices``: in range, ascending and unique as it is made.
+
+    Checking it would wait for the device between selecting and slicing.
+    """
+
+    def validate(self, model: nn.Module | None = None) -> "ChosenUnits":
+        """Return self."""
+        return self
+
+
+def select_lazily(
+    predictor: SparsityPredictor, prompt_ids: Sequence[int], num_kept_units: int
+) -> ChosenUnits:
+    """Return the units that a predictor selects for a prompt. Lazy.
+
+    The caller must not slice with it unless the scores are finite, which random weights of
+    ordinary size make them.
+    """
+    scores = predictor.scores_of(prompt_ids)
+    return ChosenUnits(top_k_indices(scores, num_kept_units), scores.shape[-1], predictor.name)
+
+
+def prefill(model: nn.Module, prompt_ids: mx.array) -> tuple[mx.array, list[Any]]:
+    """Return the (V,) logits after a prompt of (T,) ids, and the KV cache that holds it. Lazy.
+
+    The vocabulary's logits are computed for the last position alone, in the same pass: there is
+    no separate step for the last token.
+    """
+    kv_cache = make_prompt_cache(model)
+    for start in range(0, prompt_ids.size, PREFILL_STEP_SIZE):
+        chunk = prompt_ids[None, start : start + PREFILL_STEP_SIZE]  # (1, T)
+        hidden = model.model(chunk, cache=kv_cache)
+    return _logits(model, hidden[:, -1:])[0, -1], kv_cache
+
+
+def first_token(
+    dense: nn.Module, predictor: SparsityPredictor, prompt_ids: Sequence[int], num_kept_units: int
+) -> tuple[mx.array, list[Any]]:
+    """Return the first token of the sub-network that a prompt selects, and its KV cache.
+
+    Selection, slicing and prefill are one lazy graph: nothing waits for the host in between.
+    """
+    compact = slice_model(dense, select_lazily(predictor, prompt_ids, num_kept_units))
+    logits, kv_cache = prefill(compact, mx.array(list(prompt_ids)))
+    return mx.argmax(logits), kv_cache
+
+
+def repeat_kv_cache(kv_cache: Sequence[KVCache], num_samples: int) -> list[KVCache]:
+    """Return a KV cache for ``num_samples`` samples of the prompt that ``kv_cache`` holds. Lazy.
+
+    The original stays as it is, so that more samples can be drawn from it later.
+    """
+    repeated = []
+    for layer in kv_cache:
+        copy = KVCache()
+        keys, values = layer.keys_and_values()
+        copy.keys = mx.repeat(keys[..., : layer.offset, :], num_samples, axis=0)
+        copy.values = mx.repeat(values[..., : layer.offset, :], num_samples, axis=0)
+        copy.offset = layer.offset
+        repeated.append(copy)
+    return repeated
+
+
+def decode(
+    model: nn.Module, kv_cache: list[Any], first_logits: mx.array, num_tokens: int, num_samples: int
+) -> list[list[int]]:
+    """Return the new tokens of each sample, drawn at temperature 1. Evaluates.
+
+    As in mlx-lm's ``generate_step``, the next step is on its way before this one's tokens are
+    read on the host.
+
+    Args:
+        model: any mlx-lm model.
+        kv_cache: holds the prompt once for each sample; it grows.
+        first_logits: (V,) after the prompt, from which every sample's first token is drawn.
+        num_tokens: new tokens a sample, the first one included.
+        num_samples: B.
+    """
+    logits = mx.broadcast_to(first_logits, (num_samples, first_logits.size))  # (B, V)
+    tokens = mx.random.categorical(logits)  # (B,)
+    mx.async_eval(tokens)
+    columns = []
+    for count in range(1, num_tokens + 1):
+        if count < num_tokens:
+            following = mx.random.categorical(model(tokens[:, None], cache=kv_cache)[:, -1])
+            mx.async_eval(following)
+        columns.append(tokens.tolist())
+        tokens = following if count < num_tokens else tokens
+    return [list(sample) for sample in zip(*columns, strict=True)]
+
+
+def decode_with_mlx_lm(
+    model: nn.Module, kv_cache: list[Any], first_logits: mx.array, num_tokens: int
+) -> list[int]:
+    """Return the new tokens of one sample through mlx-lm's own loop, for comparison. Evaluates."""
+    first = mx.argmax(first_logits).reshape(1)
+    steps = generate_step(
+        first,
+        model,
+        max_tokens=num_tokens - 1,
+        prompt_cache=kv_cache,
+        sampler=mx.random.categorical,
+    )
+    return [cast(int, first.item()), *(cast(int, token) for token, _ in steps)]
+
+
+def _logits(model: nn.Module, hidden: mx.array) -> mx.array:
+    if "lm_head" in model:
+        return model.lm_head(hidden)  # type: ignore[no-any-return]
+    return model.model.embed_tokens.as_linear(hidden)  # type: ignore[no-any-return]

@@ -1,0 +1,191 @@
+"""Whole benchmark runs: from names of shapes to one document of results."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ifp_mlx import checkpoint
+from ifp_mlx.benchmarking.latency import Row, Subjects, Workload, measure_latency
+from ifp_mlx.benchmarking.report import document
+from ifp_mlx.benchmarking.shapes import (
+    Shape,
+    build_model,
+    build_predictor,
+    find_predictor_config,
+    find_shape,
+)
+from ifp_mlx.benchmarking.slicing import measure_slicing
+from ifp_mlx.benchmarking.switching import measure_switching
+from ifp_mlx.benchmarking.timing import Repeats, copy_bandwidth, machine
+from ifp_mlx.errors import UsageError
+from ifp_mlx.gather import with_unit_major_downs
+
+DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
+
+SEED = 7
+
+# Far more than any cache holds, little beside the models; a CPU needs less to settle.
+_COPY_BYTES = {"cuda": 2 * 10**9, "metal": 10**9, "cpu": 10**8}
+
+Document = dict[str, Any]
+OnPart = Callable[[Document], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """What every run needs to know of the models.
+
+    Attributes:
+        shape: name of a built-in shape, or a path to a config.
+        num_kept_units: amounts of FFN units to keep; empty for the shape's own.
+        predictor: name of a built-in predictor, or a path to a config.
+        bits: 16 for plain weights, else the bits of quantized ones.
+        dtype: name of the floating type.
+        checkpoint_path: a real checkpoint in place of random weights.
+        unit_major: lay plain down projections out by units before anything is sliced.
+    """
+
+    shape: str
+    num_kept_units: Sequence[int] = ()
+    predictor: str = "smollm2-135m"
+    bits: int = 16
+    dtype: str = "bfloat16"
+    checkpoint_path: Path | None = None
+    unit_major: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in (16, 8, 4):
+            raise UsageError(f"--bits must be 16, 8 or 4, not {self.bits}")
+        if self.dtype not in DTYPES:
+            raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, not {self.dtype}")
+
+
+def run_latency(
+    options: ModelOptions,
+    workloads: Sequence[Workload],
+    *,
+    repeats: Repeats,
+    decode_repeats: int,
+    on_part: OnPart = lambda content: None,
+) -> Document:
+    """Return the latency of every amount of units at every workload. Evaluates.
+
+    Args:
+        options: the models.
+        workloads: prompts and what follows them.
+        repeats: of everything up to the first token.
+        decode_repeats: of decoding.
+        on_part: called with the document so far, after each workload.
+
+    Raises:
+        UsageError: an option does not fit.
+    """
+    mx.random.seed(SEED)
+    shapes = _shapes(options)
+    facts = _facts(options, repeats)
+    bandwidth = copy_bandwidth(_COPY_BYTES[facts["machine"]["backend"]], Repeats(9, 3))
+    facts |= {"decode_repeats": decode_repeats, "copy_bytes_per_s": bandwidth}
+    dense = _dense_model(options, shapes[0])
+    source = _source_model(options, dense)
+    rows: list[Row] = []
+    content = document("latency", facts, rows)
+    predictor = None
+    for shape in shapes:
+        subjects = Subjects(dense, source)
+        if shape.num_kept_units is not None:
+            small = build_model(shape.compact().config, DTYPES[options.dtype], options.bits)
+            predictor = predictor or _predictor(options, shape)
+            subjects = Subjects(dense, source, small, predictor, shape.num_kept_units)
+        for workload in workloads:
+            rows += measure_latency(
+                subjects,
+                workload,
+                repeats=repeats,
+                decode_repeats=decode_repeats,
+                bandwidth=bandwidth,
+            )
+            content = document("latency", facts | dataclasses.asdict(workload), rows)
+            on_part(content)
+            mx.clear_cache()
+        del subjects
+    return content
+
+
+def run_slicing(options: ModelOptions, *, repeats: Repeats) -> Document:
+    """Return the time of every way to gather units. Evaluates.
+
+    Raises:
+        UsageError: an option does not fit.
+    """
+    mx.random.seed(SEED)
+    shape = _shapes(options)[0]
+    rows = measure_slicing(shape, bits=options.bits, dtype=DTYPES[options.dtype], repeats=repeats)
+    facts = _facts(options, repeats) | {"num_kept_units": shape.num_kept_units}
+    return document("slicing", facts, rows)
+
+
+def run_switching(
+    options: ModelOptions, *, task_counts: Sequence[int], prompt_tokens: int, repeats: Repeats
+) -> Document:
+    """Return what switching between tasks costs. Evaluates.
+
+    Raises:
+        UsageError: an option does not fit.
+    """
+    mx.random.seed(SEED)
+    shape = _shapes(options)[0]
+    num_kept_units = shape.compact().num_kept_units
+    assert num_kept_units is not None  # else compact() has raised
+    source = _source_model(options, _dense_model(options, shape))
+    rows = measure_switching(
+        source,
+        _predictor(options, shape),
+        num_kept_units,
+        task_counts=sorted(task_counts),
+        prompt_tokens=prompt_tokens,
+        repeats=repeats,
+    )
+    facts = _facts(options, repeats) | {
+        "num_kept_units": num_kept_units,
+        "prompt_tokens": prompt_tokens,
+    }
+    return document("switch", facts, rows)
+
+
+def _facts(options: ModelOptions, repeats: Repeats) -> dict[str, Any]:
+    values = dataclasses.asdict(options)
+    values["checkpoint_path"] = options.checkpoint_path and options.checkpoint_path.name
+    return {"machine": machine(), **values, "repeats": repeats.counted, "warmups": repeats.warmups}
+
+
+def _shapes(options: ModelOptions) -> list[Shape]:
+    name = str(options.checkpoint_path or options.shape)
+    return [find_shape(name, kept) for kept in options.num_kept_units or (None,)]
+
+
+def _dense_model(options: ModelOptions, shape: Shape) -> nn.Module:
+    if options.checkpoint_path is None:
+        return build_model(shape.config, DTYPES[options.dtype], options.bits)
+    model, _ = checkpoint.load_model(options.checkpoint_path)
+    return model
+
+
+def _source_model(options: ModelOptions, dense: nn.Module) -> nn.Module:
+    if not options.unit_major or options.bits != 16 or _is_mixture(dense):
+        return dense
+    source = with_unit_major_downs(dense)
+    mx.eval(source.parameters())
+    return source
+
+
+def _is_mixture(model: nn.Module) -> bool:
+    return hasattr(model.args, "num_experts")
+
+
+def _predictor(options: ModelOptions, shape: Shape) -> Any:
+    config: Mapping[str, Any] = find_predictor_config(options.predictor)
+    return build_predictor(dict(config), shape.num_layers, shape.num_units, DTYPES[options.dtype])

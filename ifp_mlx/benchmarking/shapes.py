@@ -1,0 +1,283 @@
+"""Models by their shape alone: built-in configs and random weights made on the device."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import _get_classes
+
+from ifp_mlx.errors import UsageError
+from ifp_mlx.predictor import PredictorHead, SparsityPredictor
+
+QUANTIZATION_GROUP_SIZE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A dense model's ``config.json`` and how many of its FFN units a sub-network keeps.
+
+    Attributes:
+        name: shown in tables.
+        config: the keys that mlx-lm reads.
+        num_kept_units: K; None for a model that is not sliced (mixtures of experts).
+    """
+
+    name: str
+    config: dict[str, Any]
+    num_kept_units: int | None
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def num_units(self) -> int:
+        """F."""
+        return int(self.config["intermediate_size"])
+
+    def compact(self) -> "Shape":
+        """Return the dense shape of the sub-network: ``intermediate_size`` is K.
+
+        Raises:
+            UsageError: this shape is not sliced.
+        """
+        if self.num_kept_units is None:
+            raise UsageError(f"{self.name} has no amount of units to keep; pass --keep-units")
+        config = {**self.config, "intermediate_size": self.num_kept_units}
+        return Shape(f"{self.name}/{self.num_kept_units}", config, self.num_kept_units)
+
+
+def _llama(**changes: Any) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
+        **changes,
+    }
+
+
+_LLAMA_8B = _llama(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    vocab_size=128256,
+    rope_scaling={
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+)
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("llama-3.1-8b", _LLAMA_8B, 1536),
+        # IFPruning, section 5 and the review discussion: 9B -> 3B.
+        Shape(
+            "paper-9b",
+            _llama(
+                hidden_size=2048,
+                intermediate_size=24576,
+                num_hidden_layers=56,
+                num_attention_heads=16,
+                num_key_value_heads=2,
+                head_dim=128,
+                vocab_size=100000,
+                tie_word_embeddings=True,
+            ),
+            6656,
+        ),
+        Shape(
+            "smollm2-135m",
+            _llama(
+                hidden_size=576,
+                intermediate_size=1536,
+                num_hidden_layers=30,
+                num_attention_heads=9,
+                num_key_value_heads=3,
+                vocab_size=49152,
+                rope_theta=100000.0,
+                tie_word_embeddings=True,
+            ),
+            1024,
+        ),
+        # Eight layers as wide as those of Llama-3.1-70B: weights that take longer to read than
+        # their kernels take to launch, on a fast accelerator too.
+        Shape(
+            "wide-8-layers",
+            _llama(
+                hidden_size=8192,
+                intermediate_size=28672,
+                num_hidden_layers=8,
+                num_attention_heads=64,
+                num_key_value_heads=8,
+                head_dim=128,
+                vocab_size=32000,
+            ),
+            7168,
+        ),
+        Shape(
+            "qwen1.5-moe-a2.7b",
+            {
+                "model_type": "qwen2_moe",
+                "hidden_size": 2048,
+                "intermediate_size": 5632,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "num_key_value_heads": 16,
+                "num_experts_per_tok": 4,
+                "num_experts": 60,
+                "moe_intermediate_size": 1408,
+                "shared_expert_intermediate_size": 5632,
+                "rms_norm_eps": 1e-6,
+                "vocab_size": 151936,
+                "rope_theta": 1000000.0,
+                "tie_word_embeddings": False,
+            },
+            None,
+        ),
+        # Seconds on a laptop's CPU: to try the commands out.
+        Shape(
+            "tiny",
+            _llama(
+                hidden_size=64,
+                intermediate_size=192,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                vocab_size=512,
+            ),
+            64,
+        ),
+    )
+}
+
+PREDICTORS: dict[str, dict[str, Any]] = {
+    "qwen2.5-0.5b": {
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": 151936,
+        "rope_theta": 1000000.0,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+    },
+    "smollm2-135m": SHAPES["smollm2-135m"].config,
+    "tiny": {**SHAPES["tiny"].config, "hidden_size": 32, "num_hidden_layers": 2},
+}
+
+
+def find_shape(name: str, num_kept_units: int | None = None) -> Shape:
+    """Return a built-in shape, or that of a ``config.json`` on disk.
+
+    Args:
+        name: of ``SHAPES``, or a path to a config file or to a folder that holds one.
+        num_kept_units: K, in place of the built-in one.
+
+    Raises:
+        UsageError: neither is there, or K does not fit.
+    """
+    shape = SHAPES.get(name) or _shape_of_file(name)
+    if num_kept_units is None:
+        return shape
+    if not 1 <= num_kept_units <= shape.num_units:
+        raise UsageError(f"{name} has {shape.num_units} units a layer, not {num_kept_units}")
+    return dataclasses.replace(shape, num_kept_units=num_kept_units)
+
+
+def find_predictor_config(name: str) -> dict[str, Any]:
+    """Return the config of a predictor's reader: of ``PREDICTORS``, or from a file.
+
+    Raises:
+        UsageError: neither is there.
+    """
+    return PREDICTORS[name] if name in PREDICTORS else _shape_of_file(name).config
+
+
+def _shape_of_file(name: str) -> Shape:
+    path = Path(name)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        known = ", ".join(SHAPES)
+        raise UsageError(f"no shape {name!r}: neither a config file nor one of {known}") from error
+    return Shape(path.parent.name or name, config, None)
+
+
+def build_model(config: dict[str, Any], dtype: mx.Dtype, bits: int = 16) -> nn.Module:
+    """Return an mlx-lm model of this config with random weights. Evaluates.
+
+    The weights are drawn on the device, one array at a time, so that the float32 noise that they
+    come from never exists for more than one.
+
+    Args:
+        config: as in ``config.json``.
+        dtype: floating type of the weights, of the scales of quantized ones, and of computing.
+        bits: 16 for plain weights; 4 or 8 quantizes every linear layer and embedding.
+    """
+    model_class, args_class = _get_classes(config)
+    model: nn.Module = model_class(args_class.from_dict(config))
+    model.eval()
+    model.set_dtype(dtype)
+    if bits != 16:
+        nn.quantize(model, group_size=QUANTIZATION_GROUP_SIZE, bits=bits)
+    for array in arrays_of(model):
+        mx.eval(array)
+    return model
+
+
+def build_predictor(
+    config: dict[str, Any], num_layers: int, num_units: int, dtype: mx.Dtype
+) -> SparsityPredictor:
+    """Return a sparsity predictor with random weights for a model of L layers of F units.
+
+    Its expansion is random too, not zero, so that each instruction selects other units. Evaluates.
+    """
+    reader = build_model(config, dtype)
+    head = PredictorHead(2 * int(config["hidden_size"]), mx.random.normal((num_layers, num_units)))
+    head.expand.weight = mx.random.uniform(-0.1, 0.1, head.expand.weight.shape)
+    mx.eval(head.parameters())
+    return SparsityPredictor(reader, head)
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Return how many weights a model has; of a quantized layer, how many it stands for."""
+    total = 0
+    for _, module in model.named_modules():
+        bits = getattr(module, "bits", None)
+        for name, array in module.items():
+            if not isinstance(array, mx.array):
+                continue
+            if bits is None:
+                total += array.size
+            elif name == "weight":
+                total += array.size * 32 // bits
+    return total
+
+
+def num_bytes(model: nn.Module) -> int:
+    """Return the bytes of a model's parameters."""
+    return sum(array.nbytes for array in arrays_of(model))
+
+
+def arrays_of(model: nn.Module) -> list[mx.array]:
+    """Return a model's parameters."""
+    named = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+    return [array for _, array in named]

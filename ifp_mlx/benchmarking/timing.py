@@ -1,0 +1,131 @@
+"""Timing lazy arrays: warm up, repeat in turns, evaluate before the clock stops."""
+
+import dataclasses
+import datetime
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from typing import Any, cast
+
+import mlx.core as mx
+
+Work = Callable[[], Any]
+"""Does the work and returns its arrays, evaluated or not: the timer evaluates them."""
+
+Copy = Callable[[list[mx.array]], list[mx.array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """What one piece of work took.
+
+    Attributes:
+        median_s: the middle one of the repeats, in seconds.
+        min_s: the fastest.
+        max_s: the slowest.
+        repeats: how many were counted, warm-ups not among them.
+    """
+
+    median_s: float
+    min_s: float
+    max_s: float
+    repeats: int
+
+    @classmethod
+    def of(cls, seconds: list[float]) -> "Timing":
+        """Summarise the times of repeated runs."""
+        return cls(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeats:
+    """How often work is done: ``warmups`` times unwatched, then ``counted`` times."""
+
+    counted: int = 5
+    warmups: int = 2
+
+
+def measure(work: Work) -> tuple[float, Any]:
+    """Return the seconds that work took, its arrays evaluated, and what it returned."""
+    mx.synchronize()
+    start = time.perf_counter()
+    result = work()
+    mx.eval(result)
+    mx.synchronize()
+    return time.perf_counter() - start, result
+
+
+def measure_in_turns(works: Mapping[str, Work], repeats: Repeats) -> dict[str, Timing]:
+    """Return the timing of each piece of work.
+
+    They take turns within each repeat, so that a machine that slows down slows all of them.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(repeats.warmups + repeats.counted):
+        for name, work in works.items():
+            took, _ = measure(work)
+            if turn >= repeats.warmups:
+                seconds[name].append(took)
+    return {name: Timing.of(values) for name, values in seconds.items()}
+
+
+def machine() -> dict[str, str]:
+    """Return what the figures depend on: device, versions, day."""
+    device: dict[str, Any] = mx.device_info()
+    name = device.get("device_name") or device.get("architecture") or platform.processor()
+    return {
+        "device": str(name),
+        "backend": _backend(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "mlx": metadata.version("mlx"),
+        "mlx_lm": metadata.version("mlx-lm"),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def _backend() -> str:
+    if mx.metal.is_available():
+        return "metal"
+    return "cuda" if mx.cuda.is_available() else "cpu"
+
+
+def copy_bandwidth(num_bytes: int, repeats: Repeats) -> float:
+    """Return bytes read and written a second by a plain device copy, the faster of two kinds.
+
+    Args:
+        num_bytes: size of the array that is copied; more than the caches hold.
+        repeats: how often.
+    """
+    words = mx.random.randint(0, 2**31, (num_bytes // 4,), dtype=mx.uint32)
+    mx.eval(words)
+    timings = measure_in_turns(copy_works([words]), repeats)
+    fastest = min(timing.median_s for timing in timings.values())
+    return 2 * words.nbytes / fastest
+
+
+def copy_works(arrays: list[mx.array]) -> dict[str, Work]:
+    """Return each of ``COPIES`` as work on the given arrays."""
+
+    def work(copy: Copy) -> Work:
+        return lambda: copy(arrays)
+
+    return {name: work(copy) for name, copy in COPIES.items()}
+
+
+def _join_halves(arrays: list[mx.array]) -> list[mx.array]:
+    halves = [cast(list[mx.array], mx.split(array, 2)) for array in arrays]
+    return [mx.concatenate(pair) for pair in halves]
+
+
+def _invert(arrays: list[mx.array]) -> list[mx.array]:
+    return [mx.bitwise_invert(array) for array in arrays]
+
+
+COPIES: dict[str, Copy] = {
+    "concatenate": _join_halves,
+    "invert": _invert,
+}
+"""Ways to read every (even-sized, integer) array once and write as much: mlx has no bare copy."""
