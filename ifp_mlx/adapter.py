@@ -65,6 +65,11 @@ class Adapter:
         """The K that it was trained for, ascending."""
         return tuple(sorted(self.manifest["keep_units"]))
 
+    @property
+    def has_predictor(self) -> bool:
+        """Whether it scores units itself; one trained with a static mask does not."""
+        return f"{_HEAD}prior" in self.arrays
+
     def check_base(self, model: nn.Module) -> None:
         """Check that a model is the adapter's base, in whatever precision. Evaluates.
 
