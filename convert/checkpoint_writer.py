@@ -12,7 +12,6 @@ from mlx.utils import tree_flatten
 
 from ifp_mlx.errors import CheckpointError, ResourceError
 
-SHARD_BYTES = 1 << 30
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
@@ -26,9 +25,10 @@ class ShardWriter:
     Add arrays in order, then call ``finish``. Arrays are evaluated when their shard is full.
     """
 
-    def __init__(self, directory: Path, shard_bytes: int = SHARD_BYTES):
+    shard_bytes = 1 << 30
+
+    def __init__(self, directory: Path):
         self._directory = directory
-        self._shard_bytes = shard_bytes
         self._pending: dict[str, mx.array] = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
@@ -36,7 +36,7 @@ class ShardWriter:
 
     def add(self, name: str, array: mx.array) -> None:
         """Take one array; an array larger than a shard gets a shard of its own."""
-        if self._pending and self._pending_bytes + array.nbytes > self._shard_bytes:
+        if self._pending and self._pending_bytes + array.nbytes > self.shard_bytes:
             self._write_pending()
         self._pending[name] = array
         self._pending_bytes += array.nbytes

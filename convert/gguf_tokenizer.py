@@ -182,11 +182,12 @@ def _byte_level_bpe(file: GGUFFile, tokens: list[str]) -> Tokenizer:
             f"{', '.join(sorted(_PRE_TOKENIZERS))}"
         )
     merges = [_pair(file, merge) for merge in _strings(file, "merges")]
-    tokenizer = Tokenizer(
-        models.BPE(
-            vocab=_vocabulary(file, tokens), merges=merges, ignore_merges=pre in _IGNORES_MERGES
-        )
-    )
+    vocabulary = _vocabulary(file, tokens)
+    try:
+        model = models.BPE(vocabulary, merges, ignore_merges=pre in _IGNORES_MERGES)
+    except Exception as error:  # what tokenizers raises has no type of its own
+        raise CheckpointError(f"{file.path}: its merges do not fit its tokens ({error})") from error
+    tokenizer = Tokenizer(model)
     if pre in _NORMALIZES_NFC:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()

@@ -5,7 +5,7 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ifp_mlx.blas import prefer_openblas
 
@@ -14,6 +14,7 @@ prefer_openblas()  # before anything imports mlx.core
 import hypothesis  # noqa: E402
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from mlx.utils import tree_flatten, tree_map  # noqa: E402
 
@@ -193,3 +194,117 @@ def tiny_checkpoint(
         return folder
 
     return make
+
+
+# Names of the tensors in a GGUF file come from the gguf package, not from the table under test.
+_GGUF_ARCHITECTURES = {"gemma3_text": "gemma3"}
+
+
+def _interleave(rows: np.ndarray, num_heads: int) -> np.ndarray:
+    """Reorder query or key rows as llama's GGUF files have them: halves of a head in turn."""
+    head_dim = rows.shape[0] // num_heads
+    order = [
+        head * head_dim + half * head_dim // 2 + pair
+        for head in range(num_heads)
+        for pair in range(head_dim // 2)
+        for half in range(2)
+    ]
+    return rows[order]
+
+
+@pytest.fixture
+def tiny_gguf(
+    tmp_path: Path,
+    tiny_config: Callable[..., dict[str, Any]],
+    tiny_model: Callable[..., nn.Module],
+) -> Callable[..., Path]:
+    """Return a factory: family -> a GGUF file of the tiny model with a byte-level tokenizer.
+
+    ``kinds`` maps parameter names, without layer and ".weight", to quantization types.
+    """
+    import gguf
+    from tokenizers import pre_tokenizers
+
+    def make(
+        family: str = "llama",
+        name: str = "tiny.gguf",
+        kinds: dict[str, gguf.GGMLQuantizationType] | None = None,
+        metadata: dict[str, Any] | None = None,
+        **changes: Any,
+    ) -> Path:
+        sizes = {"vocab_size": BYTE_VOCAB_SIZE, **changes}
+        config = tiny_config(family, **sizes)
+        architecture = _GGUF_ARCHITECTURES.get(family, family)
+        path = tmp_path / name
+        writer = gguf.GGUFWriter(path, architecture)
+        writer.add_block_count(config["num_hidden_layers"])
+        writer.add_context_length(config["max_position_embeddings"])
+        writer.add_embedding_length(config["hidden_size"])
+        writer.add_feed_forward_length(config["intermediate_size"])
+        writer.add_head_count(config["num_attention_heads"])
+        writer.add_head_count_kv(config["num_key_value_heads"])
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+        writer.add_rope_freq_base(config["rope_theta"])
+        if "head_dim" in config:
+            writer.add_key_length(config["head_dim"])
+        if "sliding_window" in config:
+            writer.add_sliding_window(config["sliding_window"])
+        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+        tokens += ["ab", "12"]
+        tokens += [f"<unused{n}>" for n in range(BYTE_VOCAB_SIZE - len(tokens))]
+        control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("smollm")
+        writer.add_token_list(tokens)
+        writer.add_token_types([control if token in special else normal for token in tokens])
+        writer.add_token_merges(["a b", "1 2"])
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_chat_template(CHAT_TEMPLATE)
+        for key, value in (metadata or {}).items():
+            writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+        names = gguf.get_tensor_name_map(
+            next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == architecture),
+            config["num_hidden_layers"],
+        )
+        parameters = cast(
+            list[tuple[str, mx.array]], tree_flatten(tiny_model(family, **sizes).parameters())
+        )
+        for parameter, array in parameters:
+            values = np.array(array)
+            if architecture.startswith("gemma") and parameter.endswith("norm.weight"):
+                values = values + 1
+            if architecture == "llama" and parameter.split(".")[-2] in ("q_proj", "k_proj"):
+                part = {"q": "num_attention_heads", "k": "num_key_value_heads"}
+                values = _interleave(values, config[part[parameter.split(".")[-2][0]]])
+            kind = (kinds or {}).get(".".join(parameter.split(".")[-3:-1]))
+            tensor_name = names.get_name(parameter, try_suffixes=(".weight", ".bias"))
+            assert tensor_name is not None, parameter
+            if kind is None:
+                writer.add_tensor(tensor_name, values)
+            else:
+                writer.add_tensor(tensor_name, _quantized(values, kind), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    return make
+
+
+def _quantized(values: np.ndarray, kind: Any) -> np.ndarray:
+    """Return blocks of a kind: of these values if gguf can quantize so, else of random bytes."""
+    import gguf
+
+    try:
+        return gguf.quants.quantize(values, kind)
+    except NotImplementedError:
+        block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        shape = (values.shape[0], values.shape[1] // block_size, block_bytes)
+        blocks = np.random.default_rng(5).integers(0, 256, shape, dtype=np.uint8)
+        # Half-precision scales with a moderate exponent, wherever this kind has them.
+        for start in (0, 2, block_bytes - 2):
+            blocks[..., start + 1] = 0x18
+        return blocks.reshape(values.shape[0], -1)
