@@ -1,7 +1,5 @@
 """The one place that puts the parts together: a checkpoint, a selector, a cache, a conversation."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import time
@@ -11,12 +9,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import get_total_parameters
 
 from ifp_mlx import checkpoint, ffn
-# TODO-IMPORT
+from ifp_mlx.adapter import Adapter, load_adapter
 from ifp_mlx.calibration import Calibration
 from ifp_mlx.config import round_keep_ratio
 from ifp_mlx.conversation import Conversation, KVCacheOptions, Message
@@ -187,7 +185,7 @@ class Assistant:
             config=config,
             tokenizer=checkpoint.load_tokenizer(model_path),
             selector=selector,
-            adapter=_load(adapter_path) if adapter_path else None,
+            adapter=load_adapter(adapter_path) if adapter_path else None,
             calibration=Calibration.load(calibration_path) if calibration_path else None,
             compensate=compensate,
             cache=cache,
@@ -199,7 +197,7 @@ class Assistant:
     def default_num_kept_units(self) -> int:
         """K when the user does not say: what the adapter was trained for, or two thirds of F."""
         if self.selector_name == "predictor" and self.adapter is not None:
-            return max(self.adapter.kept_units)
+            return max(self.adapter.keep_units)
         return round_keep_ratio(DEFAULT_KEEP_RATIO, self.num_units)
 
     def dense(self) -> SubNetwork:
@@ -344,8 +342,7 @@ class Assistant:
         return selection, time.perf_counter() - start
 
     def _instruction_ids(self, text: str) -> list[int]:
-        if self.selector_name == "predictor" and self.adapter is not None:
-            return self.adapter.instruction_ids(self.tokenizer, text)
+        """Return what every selector reads: the text as the model's user would send it."""
         if self.tokenizer.chat_template is None:
             return list(self.tokenizer.encode(text))
         message = {"role": "user", "content": text}
@@ -387,7 +384,7 @@ class Assistant:
         **facts: Any,
     ) -> SubNetwork:
         start = time.perf_counter()
-        digest = bytes(memoryview(selection.indices))
+        digest = np.asarray(selection.indices).tobytes()
         model = self._resident.pop(digest, None)
         slicing_s = 0.0
         if model is None:
@@ -413,7 +410,7 @@ class Assistant:
         )
 
     def _evict(self) -> None:
-        sizes = {digest: _ffn_bytes(model) for digest, model in self._resident.items()}
+        sizes = {d: sum(a.nbytes for a in _ffn_arrays(m)) for d, m in self._resident.items()}
         total_bytes = sum(sizes.values())
         while total_bytes > self._max_resident_bytes and len(self._resident) > 1:
             digest, _ = self._resident.popitem(last=False)
@@ -424,22 +421,13 @@ def _first_existing(*paths: Path | None) -> Path | None:
     return next((path for path in paths if path is not None and path.exists()), None)
 
 
-def _ffn_bytes(model: nn.Module) -> int:
+def _ffn_arrays(model: nn.Module) -> list[mx.array]:
     modules = ffn.ffn_modules(model)
-    return sum(array.nbytes for m in modules for _, array in tree_flatten(m.parameters()))
+    return [array for module in modules for array in ffn.named_arrays(module).values()]
 
 
 def _require_finite(model: nn.Module, path: Path) -> None:
-    sums = [
-        array.astype(mx.float32).sum()
-        for module in ffn.ffn_modules(model)
-        for _, array in tree_flatten(module.parameters())
-        if mx.issubdtype(array.dtype, mx.floating)
-    ]
-    if not mx.isfinite(mx.stack(sums)).all().item():
+    floats = [a for a in _ffn_arrays(model) if mx.issubdtype(a.dtype, mx.floating)]
+    sums = mx.stack([array.astype(mx.float32).sum() for array in floats])
+    if not mx.isfinite(sums).all().item():
         raise CheckpointError(f"{path} has weights that are not finite; convert it again")
-
-
-def _load(path):
-    from ifp_mlx.adapter import load_adapter
-    return load_adapter(path)

@@ -8,10 +8,11 @@ activation function.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from ifp_mlx.errors import ArchitectureError, SelectionError
 
@@ -91,6 +92,11 @@ def linear_input_dims(linear: nn.Module) -> int:
     if isinstance(linear, nn.QuantizedLinear):
         return int(linear.weight.shape[-1]) * 32 // int(linear.bits)
     return int(linear.weight.shape[-1])
+
+
+def named_arrays(module: nn.Module) -> dict[str, mx.array]:
+    """Return every parameter of a module tree by its dotted name."""
+    return cast(dict[str, mx.array], dict(tree_flatten(module.parameters())))
 
 
 def dense_weight(linear: nn.Module) -> mx.array:
