@@ -124,6 +124,7 @@ def calibrate(
     def observe(activations: mx.array) -> None:
         units = activations.reshape(-1, activations.shape[-1]).astype(mx.float32)  # (B*T, F)
         collected.append(((units * units).sum(axis=0), units.sum(axis=0)))
+        mx.async_eval(collected[-1])  # so that a layer's activations are not kept to the end
 
     observed = ffn.with_wrapped_down(model, lambda _, down: ffn.ObservedDown(down, observe))
     sums: dict[str | None, _Sums] = {}
@@ -131,7 +132,7 @@ def calibrate(
         if not example.token_ids:
             continue
         collected.clear()
-        observed.model(mx.array([list(example.token_ids)]))
+        observed.model(mx.array([list(example.token_ids)]), None)
         total = sums.setdefault(example.task, _Sums(mx.zeros(shape), mx.zeros(shape)))
         total.squares = total.squares + mx.stack([squares for squares, _ in collected])
         total.values = total.values + mx.stack([values for _, values in collected])

@@ -125,7 +125,7 @@ def reader_features(reader: nn.Module, token_ids: mx.array, lengths: mx.array) -
     The last layer's normed hidden state of the final token is the paper's feature; the mean adds
     what a causal model forgets on the way there, raw documents above all.
     """
-    hidden = reader.model(token_ids).astype(mx.float32)  # (B, T, D)
+    hidden = reader.model(token_ids, None).astype(mx.float32)  # (B, T, D)
     positions = mx.arange(token_ids.shape[1])
     inside = (positions < lengths[:, None]).astype(mx.float32)[..., None]  # (B, T, 1)
     mean = (hidden * inside).sum(axis=1) / lengths[:, None]

@@ -201,12 +201,13 @@ class PromptSelector:
             units = activations[0].astype(mx.float32)  # (T, F)
             length = mx.linalg.norm(units, axis=-1, keepdims=True)
             rows.append(mx.linalg.norm(units / mx.maximum(length, 1e-12), axis=0))  # over T
+            mx.async_eval(rows[-1])  # so that a layer's activations are not kept to the end
 
         observed = ffn.with_wrapped_down(
             self.model, lambda _, down: ffn.ObservedDown(down, observe)
         )
         # The trunk alone: the vocabulary's logits are of no use here.
-        hidden = observed.model(mx.array([list(token_ids)]))
+        hidden = observed.model(mx.array([list(token_ids)]), None)
         mx.eval(hidden, rows)
         return mx.stack(rows)  # (L, F)
 
