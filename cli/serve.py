@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -158,6 +160,7 @@ def serve(
         _run(server)
     finally:
         engine.stop()
+    _leave()
 
 
 def parse_tasks(values: list[str]) -> dict[str, str]:
@@ -175,6 +178,18 @@ def parse_tasks(values: list[str]) -> dict[str, str]:
             raise UsageError(f"--task {name} is given twice; each task needs a name of its own")
         tasks[name] = description
     return tasks
+
+
+def _leave() -> NoReturn:
+    """End the process without finalizing the interpreter.
+
+    mlx keeps a cache of compiled functions for each thread, whose destructor asks for Python's lock
+    after the thread has been joined; an interpreter that is going away meanwhile makes that an abort
+    (mlx 0.32.4). Nothing is left to write here.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _run(server: Server) -> None:
