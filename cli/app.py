@@ -11,7 +11,18 @@ from typing import Annotated, NoReturn
 import typer
 
 from ifp_mlx import __version__
-from ifp_mlx.cli import cache, calibrate, chat, convert, doctor, generate, pull, serve
+from ifp_mlx.cli import (
+    cache,
+    calibrate,
+    chat,
+    convert,
+    doctor,
+    eval,
+    generate,
+    overlap,
+    pull,
+    serve,
+)
 from ifp_mlx.cli.terminal import complain
 from ifp_mlx.errors import IFPError, UsageError
 
@@ -61,6 +72,8 @@ app.add_typer(cache.app, name="cache")
 app.command("convert")(convert.convert)
 app.command("calibrate")(calibrate.calibrate)
 app.command("serve")(serve.serve)
+app.command("eval")(eval.evaluate)
+app.command("overlap")(overlap.overlap)
 app.command("doctor")(doctor.doctor)
 
 # Typer carries its own copy of click, of which this exception is the public name.
@@ -101,4 +114,7 @@ def _report_command_line(error: Exception) -> int:
 
 def main() -> NoReturn:
     """Entry point of the installed command."""
+    # transformers loads torch wherever it is installed, which takes seconds; nothing here uses it.
+    # None makes it look absent.
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     sys.exit(run())

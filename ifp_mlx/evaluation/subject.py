@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     from ifp_mlx.assistant import Assistant
 
 
+TASK_DESCRIPTIONS = Path(__file__).parents[1] / "data" / "task_descriptions.json"
+"""One sentence a domain, written by hand; shipped with the package."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Subject:
     """What rows measure.
@@ -64,7 +69,9 @@ class Subject:
             model=model,
             tokenizer=assistant.tokenizer,
             calibration=assistant.calibration,
-            predictor=None if adapter is None else adapter.predictor(model),
+            predictor=(
+                adapter.predictor(model) if adapter is not None and adapter.has_predictor else None
+            ),
             adapted_model=None if adapter is None else adapter.apply(model),
             task_descriptions=task_descriptions,
         )

@@ -1,0 +1,257 @@
+"""``ifp eval``: how much quality a sub-network keeps, measured on text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ifp_mlx.cli import measuring, options
+from ifp_mlx.cli.loading import ModelChoice
+from ifp_mlx.cli.terminal import answer_console, print_json, say
+from ifp_mlx.errors import UsageError
+
+if TYPE_CHECKING:
+    from ifp_mlx.assistant import Assistant
+    from ifp_mlx.evaluation.multiple_choice import ChoiceAccuracy
+    from ifp_mlx.evaluation.rows import Row
+    from ifp_mlx.evaluation.table import RowResult
+
+_DOMAIN_COLUMNS = 8
+"""With more rows than this the table by domain is too wide for a terminal: --markdown has it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Report:
+    rows: list[Row]
+    results: list[RowResult]
+    choices: dict[Row, ChoiceAccuracy]
+    numbers: dict[Row, float]
+
+
+def evaluate(
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="FOLDER",
+            help="Held-out text, a domain a file: NAME.jsonl with lines of prompt and response, "
+            "lm_NAME.jsonl with lines of text.",
+        ),
+    ] = None,
+    choices: Annotated[
+        Path | None,
+        typer.Option(
+            "--choices",
+            metavar="FILE",
+            help="Also multiple choice, by log-likelihood. Lines of prompt, choices (a list) and "
+            "answer (an index from 0), or prompt and response with options (A), (B) in the prompt.",
+        ),
+    ] = None,
+    numbers: Annotated[
+        Path | None,
+        typer.Option(
+            "--numbers",
+            metavar="FILE",
+            help="Also exact match of numeric answers, generated greedily. Lines of prompt and "
+            "answer, or prompt and response whose last number is the answer.",
+        ),
+    ] = None,
+    rows: Annotated[
+        str | None,
+        typer.Option(
+            "--rows",
+            metavar="ROW,...",
+            help="What to measure, each SELECTOR[:ARGUMENT][+CHANGE][@KEEP]: "
+            "dense,static@0.67,static:math@0.5,blend+compensate@768. Explained above.",
+        ),
+    ] = None,
+    selector: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--selector",
+            metavar="NAME",
+            help="Instead of --rows: rows of this selector at every --keep, beside dense. "
+            "Repeatable.",
+        ),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--keep",
+            metavar="AMOUNT",
+            help="Share of the FFN units to keep, or their number: 0.67 or 768. Repeatable.",
+        ),
+    ] = None,
+    per: Annotated[
+        Literal["input", "task"],
+        typer.Option(
+            "--per", help="Select for each text, or once for each domain by its task description."
+        ),
+    ] = "input",
+    kl: Annotated[
+        bool,
+        typer.Option("--kl", help="Also KL divergence from dense and top-1 agreement with it."),
+    ] = False,
+    limit: Annotated[
+        int, typer.Option("--limit", min=1, metavar="N", help="Texts a domain, the first N.")
+    ] = 20,
+    max_scored: Annotated[
+        int,
+        typer.Option("--max-scored", min=1, metavar="N", help="Scored tokens a text; 256 is most."),
+    ] = 256,
+    max_tokens: options.MaxTokens = 256,
+    domains: measuring.Domains = None,
+    tasks: measuring.Tasks = None,
+    model: options.Model = options.DEFAULT_MODEL,
+    adapter: options.Adapter = None,
+    no_adapter: options.NoAdapter = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table by domain as Markdown.")
+    ] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Measure how well sub-networks predict held-out text, by domain.
+
+    ``ifp eval --data FOLDER`` compares the whole model with the selector that the model uses by
+    default, with the static prior and with random units. Figures are nats a token (cross-entropy,
+    lower is better); for a prompt and response only the response counts, for a document tokens
+    256 to 511.
+
+    Selectors: dense, predictor, blend[:PRIOR-SHARE], prompt, static[:TASK], domain (the prior of
+    the text's own domain), random[:SEED].
+
+    Changes: +task (the domain's task description selects for all its texts), +compensate (removed
+    units contribute their mean), +adapted (cut from the adapter's weights, as predictor rows are),
+    and two controls, +fixed (the mean mask for every text) and +shuffled (each text gets the mask
+    of another domain's).
+    """
+    if data is None and choices is None and numbers is None:
+        raise UsageError("nothing to measure on; pass --data, --choices or --numbers")
+    if rows and (selector or keep):
+        raise UsageError("--rows says everything; leave out --selector and --keep")
+    if as_json and markdown:
+        raise UsageError("--json and --markdown exclude each other; give one")
+    if markdown and data is None:
+        raise UsageError("--markdown prints the table by domain; pass --data")
+    assistant, subject = measuring.load_subject(
+        ModelChoice(model, adapter, no_adapter, use_cache=False), tasks
+    )
+    chosen = measuring.parse_rows(
+        rows.split(",") if rows else _names(assistant, selector, keep), assistant
+    )
+    if per == "task":
+        chosen = [dataclasses.replace(row, per_task=row.reads_input) for row in chosen]
+
+    from ifp_mlx.evaluation import exact_match, multiple_choice, quality, table
+
+    results: list[RowResult] = []
+    accuracies: dict[Row, ChoiceAccuracy] = {}
+    shares: dict[Row, float] = {}
+    with measuring.measuring() as progress:
+        if data is not None:
+            texts = quality.load_held_out(
+                data, subject.tokenizer, limit, domains.split(",") if domains else None
+            )
+            texts = table.shortened(texts, max_scored)
+            results = table.measure_rows(
+                subject, chosen, texts, with_reference=kl, progress=progress
+            )
+        if choices is not None:
+            questions = multiple_choice.load_questions(choices, subject.tokenizer, limit)
+            accuracies = table.measure_choices(subject, chosen, questions, progress)
+        if numbers is not None:
+            problems = exact_match.load_problems(numbers, subject.tokenizer, limit)
+            shares = table.measure_numbers(subject, chosen, problems, max_tokens, progress)
+    report = _Report(chosen, results, accuracies, shares)
+    if as_json:
+        print_json(
+            {
+                "model": assistant.model_path.name,
+                "num_units": assistant.num_units,
+                "limit": limit,
+                "max_scored": max_scored,
+                "rows": _records(report),
+            }
+        )
+    elif markdown:
+        answer_console().print(table.markdown_table(results), markup=False, soft_wrap=True, end="")
+    else:
+        _print_tables(report)
+
+
+def _names(assistant: Assistant, selectors: list[str] | None, keeps: list[str] | None) -> list[str]:
+    """Return the rows that --selector and --keep ask for, or a useful first comparison."""
+    if selectors is None:
+        selectors = [assistant.selector_name]
+        if assistant.calibration is not None:
+            selectors += ["blend", "static"]
+        selectors += ["random"]
+    amounts = [f"@{keep}" for keep in keeps] if keeps else [""]
+    cut = [name + amount for amount in amounts for name in selectors if name != "dense"]
+    return ["dense", *cut]
+
+
+def _records(report: _Report) -> list[dict[str, Any]]:
+    records = {row: {"row": row.label, "num_kept_units": row.num_kept_units} for row in report.rows}
+    for result in report.results:
+        records[result.row] |= result.to_dict()
+    for row, accuracy in report.choices.items():
+        records[row] |= {"multiple_choice": dataclasses.asdict(accuracy)}
+    for row, share in report.numbers.items():
+        records[row] |= {"exact_match": share}
+    return list(records.values())
+
+
+def _print_tables(report: _Report) -> None:
+    from rich.table import Table
+
+    console = answer_console()
+    summary = Table(box=None, pad_edge=False)
+    summary.add_column("row", overflow="fold")
+    columns = _columns(report)
+    for heading in columns:
+        summary.add_column(heading, justify="right")
+    for index, row in enumerate(report.rows):
+        summary.add_row(row.label, *(column[index] for column in columns.values()))
+    console.print(summary)
+    if not report.results:
+        return
+    if len(report.results) > _DOMAIN_COLUMNS:
+        say("cross-entropy by domain: --markdown or --json")
+        return
+    by_domain = Table(box=None, pad_edge=False, title="Cross-entropy by domain")
+    by_domain.title_justify, by_domain.title_style = "left", ""
+    by_domain.add_column("domain")
+    for result in report.results:
+        by_domain.add_column(result.row.label, justify="right", overflow="fold")
+    for domain in report.results[0].qualities:
+        figures = [f"{r.qualities[domain].cross_entropy:.3f}" for r in report.results]
+        by_domain.add_row(domain, *figures)
+    console.print()
+    console.print(by_domain)
+
+
+def _columns(report: _Report) -> dict[str, list[str]]:
+    """Return heading -> a figure for each row, for what was measured."""
+    columns: dict[str, list[str]] = {}
+    for heading, is_documents in (("instructions", False), ("documents", True)):
+        means = [r.mean_cross_entropy(documents=is_documents) for r in report.results]
+        if means and not math.isnan(means[0]):
+            columns[heading] = [f"{mean:.3f}" for mean in means]
+            columns[f"perplexity ({heading})"] = [f"{math.exp(mean):.2f}" for mean in means]
+    for heading, name in (("KL to dense", "kl"), ("top-1 as dense", "top1")):
+        figures = [r.mean(name) for r in report.results]
+        if figures and None not in figures:
+            columns[heading] = [f"{figure:.3f}" for figure in figures]
+    if report.choices:
+        accuracies = [report.choices[row] for row in report.rows]
+        chance = f"choices (chance {accuracies[0].chance:.2f})"
+        columns[chance] = [f"{a.accuracy:.3f}" for a in accuracies]
+        columns["per token"] = [f"{a.accuracy_per_token:.3f}" for a in accuracies]
+    if report.numbers:
+        columns["exact match"] = [f"{report.numbers[row]:.3f}" for row in report.rows]
+    return columns

@@ -1,0 +1,102 @@
+"""``ifp overlap``: whether different inputs get different sub-networks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ifp_mlx.cli import measuring, options
+from ifp_mlx.cli.loading import ModelChoice, SubnetChoice, num_kept_units
+from ifp_mlx.cli.terminal import answer_console, print_json, say
+from ifp_mlx.errors import UsageError
+
+if TYPE_CHECKING:
+    from ifp_mlx.evaluation.overlap import Overlap
+
+
+def overlap(
+    data: measuring.Data,
+    selector: Annotated[
+        str,
+        typer.Option(
+            "--selector",
+            metavar="NAME",
+            help="What picks the units, written as in ifp eval: predictor, blend, prompt, domain, "
+            "predictor+task; auto takes the best that this model has.",
+        ),
+    ] = "auto",
+    keep: options.Keep = None,
+    keep_units: options.KeepUnits = None,
+    limit: Annotated[
+        int, typer.Option("--limit", min=2, metavar="N", help="Inputs a domain, the first N.")
+    ] = 20,
+    domains: measuring.Domains = None,
+    tasks: measuring.Tasks = None,
+    heat_maps: Annotated[
+        Path | None,
+        typer.Option(
+            "--heat-maps",
+            metavar="FOLDER",
+            help="Draw the first, middle and last layer as PNG (needs the plots extra).",
+        ),
+    ] = None,
+    model: options.Model = options.DEFAULT_MODEL,
+    adapter: options.Adapter = None,
+    no_adapter: options.NoAdapter = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Measure how much the sub-networks of different inputs have in common, by layer.
+
+    The overlap of two sub-networks is the number of FFN units that both keep, over K. Random ones
+    share K/F of their units: above chance, 0 is random and 1 is identical. A selector that follows
+    its input has more overlap within a domain than between domains.
+    """
+    assistant, subject = measuring.load_subject(
+        ModelChoice(model, adapter, no_adapter, use_cache=False), tasks
+    )
+    kept = num_kept_units(assistant, SubnetChoice(keep=keep, keep_units=keep_units))
+    name = assistant.selector_name if selector == "auto" else selector
+    amount = "" if name.startswith("dense") else f"@{kept}"
+    (row,) = measuring.parse_rows([name + amount], assistant)
+
+    from ifp_mlx.evaluation.heat_maps import write_heat_maps
+    from ifp_mlx.evaluation.overlap import overlap as overlap_of
+    from ifp_mlx.evaluation.quality import load_held_out
+
+    inputs = load_held_out(data, subject.tokenizer, limit, domains.split(",") if domains else None)
+    subject.check(row, inputs)
+    together = [example for domain_inputs in inputs.values() for example in domain_inputs]
+    with measuring.measuring() as progress:
+        masks = subject.masks([row], together, progress)[row]
+    if masks is None:
+        raise UsageError("the whole model has no sub-networks to compare; choose a selector")
+    analysis = overlap_of(masks)
+    paths = write_heat_maps(analysis, heat_maps) if heat_maps is not None else []
+    if as_json:
+        facts = {"row": row.label, "num_kept_units": kept, "num_units": assistant.num_units}
+        print_json({**facts, **analysis.to_dict(), "heat_maps": [str(path) for path in paths]})
+    else:
+        _print_overlap(analysis)
+        for path in paths:
+            say(f"drew {path}")
+
+
+def _print_overlap(analysis: Overlap) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("layer", "within", "between", "within, above chance", "between, above chance"):
+        table.add_column(heading, justify="right")
+    above = [analysis.above_chance(figures) for figures in (analysis.within, analysis.between)]
+    columns = [analysis.within, analysis.between, *above]
+    for layer in range(len(analysis.by_layer)):
+        table.add_row(str(layer + 1), *(f"{column[layer]:.3f}" for column in columns))
+    table.add_row("mean", *(f"{column.mean():.3f}" for column in columns))
+    console = answer_console()
+    console.print(table)
+    say(
+        f"{len(analysis.domains)} domains, {sum(analysis.num_inputs)} inputs, "
+        f"chance {analysis.chance:.3f}"
+    )
