@@ -81,7 +81,7 @@ def resolve_model(name_or_folder: str) -> Path:
         CheckpointError: there is none; says how to get it.
     """
     folder = Path(name_or_folder).expanduser()
-    if folder.is_dir():
+    if name_or_folder and folder.is_dir():
         return folder
     pulled = models_folder() / name_or_folder
     if name_or_folder and Path(name_or_folder).name == name_or_folder and pulled.is_dir():
