@@ -13,7 +13,7 @@ from ifp_mlx.predictor import SparsityPredictor
 from ifp_mlx.selection import Selection
 from ifp_mlx.subnetwork import slice_model
 
-PREFILL_STEP_SIZE = 4096
+PREFILL_STEP_SIZE = 8192
 """Prompt tokens in one forward pass; of longer prompts, chunks, all in one evaluation."""
 
 

@@ -12,6 +12,7 @@ import mlx.nn as nn
 from ifp_mlx import ffn
 from ifp_mlx.benchmarking.generation import (
     decode,
+    decode_with_mlx_lm,
     first_token,
     prefill,
     repeat_kv_cache,
@@ -27,6 +28,7 @@ SMALL = "dense of the compact shape"
 PER_INPUT = "ours, per input"
 PER_TASK = "ours, per task, resident"
 PER_TASK_SLICED = "ours, per task, cached indices"
+MLX_LM = "dense source, decoded by mlx-lm"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Row:
     Attributes:
         name: what answered.
         prompt_tokens: T.
+        new_tokens: tokens a sample.
+        num_samples: B.
         num_kept_units: K of the run.
         parameters: of the model that answers.
         selection: predictor and top-k, evaluated on their own.
@@ -87,6 +91,8 @@ class Row:
 
     name: str
     prompt_tokens: int
+    new_tokens: int
+    num_samples: int
     num_kept_units: int
     parameters: int
     selection: Timing | None = None
@@ -159,7 +165,7 @@ def measure_latency(
     rows = {
         name: Row(
             name=name,
-            prompt_tokens=workload.prompt_tokens,
+            **dataclasses.asdict(workload),
             num_kept_units=subjects.num_kept_units,
             parameters=num_parameters(models[name]),
             ttft=timings[name],
@@ -236,6 +242,10 @@ def _add_decoding(
         if name in rows:
             works[name] = _decoding(models[name], ids, workload)
             _decoding(models[name], ids, dataclasses.replace(workload, new_tokens=4))()
+    if workload.num_samples == 1:  # mlx-lm's own loop has one sample
+        works[MLX_LM] = _decoding(models[DENSE], ids, workload, by_mlx_lm=True)
+        rows[MLX_LM] = dataclasses.replace(rows[DENSE], name=MLX_LM)
+        models = {**models, MLX_LM: models[DENSE]}
     timings = measure_in_turns(works, Repeats(repeats, warmups=0))
     for name, row in rows.items():
         timed = name if name in timings else PER_TASK
@@ -246,12 +256,16 @@ def _add_decoding(
         row.bandwidth_share = bytes_per_s / bandwidth
 
 
-def _decoding(model: nn.Module, ids: mx.array, workload: Workload) -> Work:
+def _decoding(
+    model: nn.Module, ids: mx.array, workload: Workload, *, by_mlx_lm: bool = False
+) -> Work:
     logits, kv_cache = prefill(model, ids)
     mx.eval(logits, [layer.state for layer in kv_cache])
 
     def work() -> list[list[int]]:
         samples = repeat_kv_cache(kv_cache, workload.num_samples)
+        if by_mlx_lm:
+            return [decode_with_mlx_lm(model, samples, logits, workload.new_tokens)]
         return decode(model, samples, logits, workload.new_tokens, workload.num_samples)
 
     return work

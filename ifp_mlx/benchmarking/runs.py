@@ -108,7 +108,7 @@ def run_latency(
                 decode_repeats=decode_repeats,
                 bandwidth=bandwidth,
             )
-            content = document("latency", facts | dataclasses.asdict(workload), rows)
+            content = document("latency", facts, rows)
             on_part(content)
             mx.clear_cache()
         del subjects
