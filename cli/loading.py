@@ -52,7 +52,7 @@ def load_assistant(choice: ModelChoice) -> Assistant:
     """Load the model that the flags name, with a spinner while that takes."""
     if choice.adapter is not None and choice.no_adapter:
         raise UsageError("--adapter and --no-adapter exclude each other; give one")
-    with working(f"loading {choice.model}"):
+    with working(f"loading {Path(choice.model).name}"):
         from ifp_mlx.assistant import Assistant
         from ifp_mlx.convert.registry import resolve_model
         from ifp_mlx.home import subnet_cache_folder

@@ -86,7 +86,7 @@ class MarkdownStream:
         self._tail: list[str] = []  # rendered lines of it on the screen, redrawn in place
         self._first_block = True
         self._width = console.width
-        self._last_draw = 0.0
+        self._next_draw = 0.0
 
     def __enter__(self) -> "MarkdownStream":
         self._file.write(_HIDE_CURSOR)
@@ -103,10 +103,12 @@ class MarkdownStream:
     def write(self, text: str) -> None:
         """Add text; it is drawn a few times a second at most."""
         self._pending += text
-        now = time.monotonic()
-        if now - self._last_draw >= _REDRAW_INTERVAL_S:
+        begin = time.monotonic()
+        if begin >= self._next_draw:
             self._draw()
-            self._last_draw = time.monotonic()
+            end = time.monotonic()
+            # A paragraph without end takes ever longer to render: never most of the time.
+            self._next_draw = end + max(_REDRAW_INTERVAL_S, 4 * (end - begin))
 
     def _draw(self, *, final: bool = False) -> None:
         if self._console.width != self._width:

@@ -73,7 +73,7 @@ def write_word_model(folder: Path, *, context_length: int = 4096, endless: bool 
     generator = np.random.default_rng(3)
     weights = {
         name: mx.array(0.02 * generator.standard_normal(array.shape), dtype=mx.float32)
-        for name, array in tree_flatten(model.parameters())
+        for name, array in tree_flatten(model.parameters(), destination={}).items()
     }
     for name in weights:
         if "norm" in name:
@@ -84,7 +84,7 @@ def write_word_model(folder: Path, *, context_length: int = 4096, endless: bool 
     # Logits are largest for the successor of the last token: its row holds that token's embedding.
     chain = [tokenizer.token_to_id("Ċ"), *tokenizer.encode(WORDS).ids]
     assert len(set(chain)) == len(chain)
-    end = chain[1] if endless else config["eos_token_id"]
+    end = chain[1] if endless else tokenizer.token_to_id("<|im_end|>")
     for token, successor in zip(chain, [*chain[1:], end], strict=True):
         head[successor] += 8.0 * embeddings[token]
     weights["model.embed_tokens.weight"] = mx.array(embeddings, dtype=mx.float32)

@@ -3,19 +3,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ifp_mlx import __version__
 
-Run = Callable[..., "Outcome"]  # noqa: F821 - conftest's, which tests cannot import
+Run = Callable[..., Any]
 
 
-def one_line(outcome: object, *parts: str) -> bool:
+def one_line(outcome: Any, *parts: str) -> bool:
     """Return whether stderr is one ``ifp:`` line that holds every part, and stdout is empty."""
-    lines = outcome.stderr.splitlines()  # type: ignore[attr-defined]
+    lines = outcome.stderr.splitlines()
     return (
-        outcome.stdout == ""  # type: ignore[attr-defined]
+        outcome.stdout == ""
         and len(lines) == 1
         and lines[0].startswith("ifp: ")
         and all(part in lines[0] for part in parts)
