@@ -40,9 +40,10 @@ DType = Annotated[
     str, typer.Option("--dtype", metavar="TYPE", help="bfloat16, float16 or float32.")
 ]
 UnitMajor = Annotated[
-    bool,
+    bool | None,
     typer.Option(
-        "--unit-major/--as-loaded", help="Lay plain down projections out unit by unit first."
+        "--unit-major/--as-loaded",
+        help="Lay plain down projections out unit by unit first; by default on CUDA only.",
     ),
 ]
 NumRepeats = Annotated[int, typer.Option("--repeats", min=1, metavar="N", help="Counted repeats.")]
@@ -77,7 +78,7 @@ def latency(
     ] = 4,
     bits: Bits = 16,
     dtype: DType = "bfloat16",
-    unit_major: UnitMajor = True,
+    unit_major: UnitMajor = None,
     repeats: NumRepeats = 5,
     decode_repeats: Annotated[
         int, typer.Option("--decode-repeats", min=1, metavar="N", help="Repeats of decoding.")
@@ -143,7 +144,7 @@ def switch(
     ] = 64,
     bits: Bits = 16,
     dtype: DType = "bfloat16",
-    unit_major: UnitMajor = True,
+    unit_major: UnitMajor = None,
     repeats: NumRepeats = 9,
     output: Output = None,
     as_json: AsJson = False,

@@ -71,3 +71,11 @@ def with_unit_major_downs(model: nn.Module) -> nn.Module:
             down if isinstance(down, nn.QuantizedLinear) else UnitMajorLinear.from_linear(down)
         ),
     )
+
+
+def laid_out_for_slicing(model: nn.Module) -> nn.Module:
+    """Return ``model`` laid out as slicing and decoding are fastest on this machine.
+
+    Unit-major downs on CUDA, where docs/latency.md measures them; elsewhere the model itself.
+    """
+    return with_unit_major_downs(model) if mx.cuda.is_available() else model

@@ -22,7 +22,7 @@ from ifp_mlx.benchmarking.slicing import measure_slicing
 from ifp_mlx.benchmarking.switching import measure_switching
 from ifp_mlx.benchmarking.timing import Repeats, copy_bandwidth, machine
 from ifp_mlx.errors import UsageError
-from ifp_mlx.gather import with_unit_major_downs
+from ifp_mlx.gather import laid_out_for_slicing, with_unit_major_downs
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
@@ -46,7 +46,8 @@ class ModelOptions:
         bits: 16 for plain weights, else the bits of quantized ones.
         dtype: name of the floating type.
         checkpoint_path: a real checkpoint in place of random weights.
-        unit_major: lay plain down projections out by units before anything is sliced.
+        unit_major: lay plain down projections out by units before anything is sliced; None
+            does as ``gather.laid_out_for_slicing`` does on this machine.
     """
 
     shape: str
@@ -55,7 +56,7 @@ class ModelOptions:
     bits: int = 16
     dtype: str = "bfloat16"
     checkpoint_path: Path | None = None
-    unit_major: bool = True
+    unit_major: bool | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in (16, 8, 4):
@@ -175,9 +176,9 @@ def _dense_model(options: ModelOptions, shape: Shape) -> nn.Module:
 
 
 def _source_model(options: ModelOptions, dense: nn.Module) -> nn.Module:
-    if not options.unit_major or options.bits != 16 or _is_mixture(dense):
+    if options.unit_major is False or _is_mixture(dense):
         return dense
-    source = with_unit_major_downs(dense)
+    source = with_unit_major_downs(dense) if options.unit_major else laid_out_for_slicing(dense)
     mx.eval(source.parameters())
     return source
 
