@@ -174,17 +174,14 @@ def write_byte_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-@pytest.fixture
-def tiny_checkpoint(
-    tmp_path: Path,
-    tiny_config: Callable[..., dict[str, Any]],
-    tiny_model: Callable[..., nn.Module],
+@pytest.fixture(scope="session")
+def write_tiny_checkpoint(
+    tiny_config: Callable[..., dict[str, Any]], tiny_model: Callable[..., nn.Module]
 ) -> Callable[..., Path]:
-    """Return a factory: family -> the directory of a tiny float32 checkpoint with a tokenizer."""
+    """Return a function that fills a new folder with a tiny checkpoint and a tokenizer."""
 
-    def make(family: str = "llama", name: str = "tiny", **changes: Any) -> Path:
+    def write(folder: Path, family: str = "llama", **changes: Any) -> Path:
         sizes = {"vocab_size": BYTE_VOCAB_SIZE, "max_position_embeddings": 512, **changes}
-        folder = tmp_path / name
         folder.mkdir()
         config = {**tiny_config(family, **sizes), "eos_token_id": 2}
         (folder / "config.json").write_text(json.dumps(config))
@@ -192,6 +189,18 @@ def tiny_checkpoint(
         mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
         write_byte_tokenizer(folder)
         return folder
+
+    return write
+
+
+@pytest.fixture
+def tiny_checkpoint(
+    tmp_path: Path, write_tiny_checkpoint: Callable[..., Path]
+) -> Callable[..., Path]:
+    """Return a factory: family -> the directory of a tiny float32 checkpoint with a tokenizer."""
+
+    def make(family: str = "llama", name: str = "tiny", **changes: Any) -> Path:
+        return write_tiny_checkpoint(tmp_path / name, family, **changes)
 
     return make
 
@@ -308,3 +317,9 @@ def _quantized(values: np.ndarray, kind: Any) -> np.ndarray:
         for start in (0, 2, block_bytes - 2):
             blocks[..., start + 1] = 0x18
         return blocks.reshape(values.shape[0], -1)
+
+
+@pytest.fixture(scope="session")
+def write_tokenizer() -> Callable[[Path], None]:
+    """Return the function that writes a byte-level tokenizer's files into a folder."""
+    return write_byte_tokenizer

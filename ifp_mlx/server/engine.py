@@ -114,6 +114,9 @@ class _KVCaches(LRUPromptCache):
     """
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
+        cache, rest = super().fetch_nearest_cache(model, tokens)
+        if rest:
+            return cache, rest
         cache, rest = super().fetch_nearest_cache(model, tokens[:-1])
         return cache, [*rest, *tokens[-1:]]
 

@@ -32,10 +32,12 @@ class StopStrings:
     def feed(self, text: str) -> tuple[str, bool]:
         """Return the text that is certain to stay, and whether a stop string was met."""
         text = self._held + text
-        found = [position for stop in self._stops if (position := text.find(stop)) >= 0]
-        if found:
+        found = [
+            (start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0
+        ]
+        if found:  # the one that is complete first: what follows must not matter
             self._held = ""
-            return text[: min(found)], True
+            return text[: min(found)[1]], True
         kept = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept], False

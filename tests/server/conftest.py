@@ -1,0 +1,108 @@
+"""A server of a tiny model with two tasks, on a free port of the loopback."""
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from ifp_mlx.assistant import Assistant
+from ifp_mlx.conversation import SamplingOptions
+from ifp_mlx.server.catalog import ModelCatalog
+from ifp_mlx.server.engine import Engine, EngineOptions
+from ifp_mlx.server.http import Limits, Server
+from ifp_mlx.server.requests import RequestDefaults
+
+NUM_KEPT_UNITS = 64
+TASKS = {"python-helper": "help me write Python", "mail": "write friendly e-mails to my aunt"}
+DEFAULT_LIMITS = Limits()
+
+
+@dataclasses.dataclass
+class Running:
+    """A server that answers, and what it was made of."""
+
+    server: Server
+    log: list[str]
+    clients: contextlib.ExitStack
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server.port}/v1"
+
+    def client(self, api_key: str = "none") -> openai.OpenAI:
+        client = openai.OpenAI(base_url=self.url, api_key=api_key, max_retries=0, timeout=60)
+        return self.clients.enter_context(client)
+
+
+@pytest.fixture(scope="module")
+def checkpoint_folder(
+    tmp_path_factory: pytest.TempPathFactory, write_tiny_checkpoint: Callable[..., Path]
+) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint_folder: Path) -> Iterator[Engine]:
+    engine = Engine(Assistant.load(checkpoint_folder), NUM_KEPT_UNITS, EngineOptions())
+    yield engine
+    engine.stop()
+
+
+@pytest.fixture(scope="module")
+def serve() -> Callable[..., contextlib.AbstractContextManager[Running]]:
+    """Return a context manager: an engine, limits, a key -> a running server."""
+
+    @contextlib.contextmanager
+    def run(
+        engine: Any, limits: Limits = DEFAULT_LIMITS, api_key: str | None = None
+    ) -> Iterator[Running]:
+        log: list[str] = []
+        server = Server(
+            "127.0.0.1",
+            0,
+            engine=engine,
+            catalog=ModelCatalog("tiny", TASKS),
+            defaults=RequestDefaults(max_tokens=16, temperature=0.0, context_length=512),
+            limits=limits,
+            api_key=api_key,
+            on_log=log.append,
+        )
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            with contextlib.ExitStack() as clients:
+                yield Running(server, log, clients)
+        finally:
+            server.drain(20)
+            server.shutdown()
+            thread.join()
+            server.server_close()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def running(
+    engine: Engine, serve: Callable[..., contextlib.AbstractContextManager[Running]]
+) -> Iterator[Running]:
+    with serve(engine) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint_folder: Path) -> Callable[..., str]:
+    """Return an oracle: task or None for dense, a message -> the answer, without any server."""
+    assistant = Assistant.load(checkpoint_folder)
+
+    def answer(task: str | None, text: str, max_tokens: int = 16) -> str:
+        subnet = assistant.dense()
+        if task is not None:
+            subnet = assistant.subnetwork_for_task(task, NUM_KEPT_UNITS)
+        return "".join(assistant.converse(subnet).reply(text, SamplingOptions(max_tokens)))
+
+    return answer

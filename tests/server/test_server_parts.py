@@ -1,0 +1,142 @@
+"""The server's parts alone: stop strings, replies, names, the order of requests."""
+
+import itertools
+import queue
+from types import SimpleNamespace
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+from mlx_lm.generate import TextStateMachine
+from mlx_lm.models.cache import KVCache
+from mlx_lm.server import GenerationContext, Response
+
+from ifp_mlx.errors import UsageError
+from ifp_mlx.server.catalog import ModelCatalog
+from ifp_mlx.server.engine import _KVCaches, _RequestQueue
+from ifp_mlx.server.http import Limits
+from ifp_mlx.server.replies import Piece, Reply, StopStrings
+
+
+@given(
+    text=st.text("abc", max_size=30),
+    stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+    cuts=st.lists(st.integers(0, 30), max_size=8),
+)
+def test_stop_strings_do_not_depend_on_where_the_text_was_cut(
+    text: str, stops: list[str], cuts: list[int]
+) -> None:
+    borders = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    pieces = [text[a:b] for a, b in itertools.pairwise(borders)]
+    machine, kept, stopped = StopStrings(tuple(stops)), "", False
+    for piece in pieces:
+        emitted, stopped = machine.feed(piece)
+        kept += emitted
+        if stopped:
+            break
+    else:
+        kept += machine.flush()
+    # Oracle: read letter by letter until one of them, the longest if several, is complete.
+    ends = (end for end in range(len(text) + 1) if any(text[:end].endswith(s) for s in stops))
+    end = next(ends, None)
+    assert stopped == (end is not None)
+    cut = 0 if end is None else max(len(s) for s in stops if text[:end].endswith(s))
+    assert kept == text[:end][: len(text[:end]) - cut]
+
+
+def context(transitions: dict[str, Any] | None = None) -> GenerationContext:
+    machine = TextStateMachine(transitions or {"normal": []})
+    return GenerationContext(False, False, lambda *_: {}, machine, "normal", [1, 2, 3], 2)
+
+
+def reply_with(*events: Any, stop: tuple[str, ...] = ()) -> Reply:
+    reply = Reply(stop, lambda: "ifp_x")
+    for event in events:
+        reply.put(event)
+    return reply
+
+
+def texts(reply: Reply) -> list[Piece]:
+    return list(reply.pieces(5, lambda: None))
+
+
+def test_a_reply_ends_with_its_reason() -> None:
+    end = Response("!", 2, 0.0, "stop", ())
+    reply = reply_with(context(), Response("a", 1, 0.0, None, ()), end, None)
+    assert [piece.text for piece in texts(reply)] == ["a", "!"]
+    assert (reply.finish_reason, reply.prompt_tokens, reply.cached_tokens) == ("stop", 3, 2)
+    assert reply.completion_tokens == 2
+    assert reply.fingerprint == "ifp_x"
+
+
+def test_text_held_back_for_a_stop_string_is_given_in_the_end() -> None:
+    end = Response("<", 2, 0.0, "length", ())
+    reply = reply_with(context(), end, stop=("<end>",))
+    assert "".join(piece.text for piece in texts(reply)) == "<"
+
+
+def test_a_stop_string_tells_the_generation_to_end() -> None:
+    begun = context()
+    reply = reply_with(begun, Response("one two", 1, 0.0, None, ()), stop=("two",))
+    assert "".join(piece.text for piece in texts(reply)) == "one "
+    assert reply.finish_reason == "stop"
+    assert begun._should_stop
+
+
+def test_what_the_model_thinks_is_kept_apart() -> None:
+    thinking = {
+        "normal": [("<think>", "reasoning")],
+        "reasoning": [("</think>", "normal")],
+    }
+    end = Response("<think>hm</think>so", 1, 0.0, "length", ())
+    pieces = texts(reply_with(context(thinking), end))
+    assert pieces == [Piece("hm", is_reasoning=True), Piece("so", is_reasoning=False)]
+
+
+def test_an_abandoned_request_is_stopped_when_it_begins() -> None:
+    reply, begun = reply_with(), context()
+    reply.abandon()
+    reply.put(begun)
+    assert begun._should_stop
+
+
+def test_an_error_of_the_generation_thread_reaches_the_client() -> None:
+    with pytest.raises(UsageError, match="too long"):
+        texts(reply_with(UsageError("too long")))
+
+
+def test_kv_caches_leave_a_token_to_compute() -> None:
+    caches = _KVCaches(max_size=4)
+    kv = KVCache()
+    kv.offset = 3
+    caches.insert_cache(b"units", [1, 2, 3], [kv])
+    assert caches.fetch_nearest_cache(b"units", [1, 2, 3])[1] in ([3], [2, 3])
+    assert caches.fetch_nearest_cache(b"units", [1, 2, 3, 4])[1] == [4]
+    assert caches.fetch_nearest_cache(b"other", [1, 2, 3])[1] == [1, 2, 3]
+
+
+def test_requests_for_one_sub_network_are_taken_together() -> None:
+    requests = _RequestQueue()
+    for name in ("a1", "b1", "a2", "b2", "c1", "a3"):
+        requests.put((None, name, SimpleNamespace(model=name[0])))
+    order = [requests.get_nowait()[1] for _ in range(6)]
+    assert order == ["a1", "a2", "a3", "b1", "b2", "c1"]
+    with pytest.raises(queue.Empty):
+        requests.get_nowait()
+
+
+@pytest.mark.parametrize("name", ["dense", "", "a b", "a:b", "-x"])
+def test_tasks_need_usable_names(name: str) -> None:
+    with pytest.raises(UsageError, match="cannot name a task"):
+        ModelCatalog("tiny", {name: "write"})
+
+
+def test_tasks_need_descriptions() -> None:
+    with pytest.raises(UsageError, match="write mail=WHAT IT IS FOR"):
+        ModelCatalog("tiny", {"mail": " "})
+
+
+def test_limits_are_positive() -> None:
+    with pytest.raises(UsageError, match="must be above 0"):
+        Limits(max_requests=0)
