@@ -38,12 +38,15 @@ _LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
 # Of config.json: says who wrote the file or how to compute, not what the model is.
 _UNIDENTIFYING = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype"})
 _SAMPLE_BYTES = 512
+_ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return the checked content of a checkpoint's config.json.
 
     End-of-text ids of generation_config.json replace those of config.json, as in mlx-lm.
+    Settings of rotary positions that transformers 5 has under ``rope_parameters`` are there
+    under their older names as well, the only ones that mlx-lm reads for most families.
 
     Raises:
         CheckpointError: ``path`` is no checkpoint directory, or wants to run code of its own.
@@ -79,7 +82,7 @@ def read_config(path: Path) -> dict[str, Any]:
     generation = path / "generation_config.json"
     if generation.exists() and (end_ids := _read_json(generation).get("eos_token_id")):
         config["eos_token_id"] = end_ids
-    return config
+    return _rope_at_top(config) | config
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -138,14 +141,15 @@ def load_model(
     tensors = stored_tensors(path)
     _check_layer_count(path, config, tensors)
     try:
-        model, config = load_mlx_model(path, lazy=True)
+        rope = {key: config[key] for key in _ROPE_KEYS if key in config}
+        model, config = load_mlx_model(path, lazy=True, model_config=rope)
     except Exception as error:  # mlx-lm reports a bad checkpoint with whatever comes first
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{path}: config.json and the weights disagree ({reason}); convert the model again"
         ) from error
     if dtype == "auto":
-        dtype = mx.float32 if _fits_as_float32(model) else None
+        dtype = automatic_dtype(model)
     if dtype is not None:
         model = dequantize_model(model)
         config = {k: v for k, v in config.items() if not k.startswith("quantization")}
@@ -234,6 +238,25 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _rope_at_top(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what ``rope_parameters`` says and the older keys do not, under the older keys."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return {}
+    found = {}
+    if isinstance(local := rope.get("sliding_attention"), dict):  # Gemma 3: one for each kind
+        found["rope_local_base_freq"] = local.get("rope_theta")
+        rope = rope.get("full_attention", {})
+    found |= {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    kind = rope.get("rope_type", "default")
+    if kind != "default":
+        scaling = {key: value for key, value in rope.items() if key not in found}
+        found["rope_scaling"] = {"type": kind, **scaling}
+    return {
+        key: value for key, value in found.items() if value is not None and config.get(key) is None
+    }
+
+
 def _check_links(path: Path) -> None:
     """Refuse links that leave the directory, except those of the hub's own cache layout."""
     root = path.resolve()
@@ -276,13 +299,15 @@ def _check_layer_count(
         )
 
 
-def _fits_as_float32(model: nn.Module) -> bool:
+def automatic_dtype(model: nn.Module) -> mx.Dtype | None:
+    """Return the type that "auto" computes a model in: see ``load_model``. Evaluates nothing."""
     from mlx_lm.utils import get_total_parameters
 
     if mx.default_device() != mx.cpu:
-        return False
+        return None
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(get_total_parameters(model)) * 4 <= memory_bytes // 2
+    fits = int(get_total_parameters(model)) * 4 <= memory_bytes // 2
+    return mx.float32 if fits else None
 
 
 def _check_finite(path: Path, model: nn.Module) -> None:

@@ -460,3 +460,42 @@ def test_fingerprint_changes_with_config_and_with_weights(
 def test_fingerprint_of_no_checkpoint_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(IFPError, match=r"has no config\.json"):
         fingerprint(tmp_path)
+
+
+ROPES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "base": ("llama", {"rope_type": "default", "rope_theta": 300.0}, {"rope_theta": 300.0}),
+    "scaled": (
+        "qwen2",
+        {"rope_type": "linear", "rope_theta": 300.0, "factor": 4.0},
+        {"rope_theta": 300.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    ),
+    "partial": (
+        "stablelm",
+        {"rope_theta": 300.0, "partial_rotary_factor": 0.25},
+        {"rope_theta": 300.0, "partial_rotary_factor": 0.25},
+    ),
+    "two kinds of layers": (
+        "gemma3_text",
+        {"sliding_attention": {"rope_theta": 20.0}, "full_attention": {"rope_theta": 300.0}},
+        {"rope_theta": 300.0, "rope_local_base_freq": 20.0},
+    ),
+}
+
+
+@pytest.mark.parametrize(("family", "nested", "flat"), ROPES.values(), ids=ROPES)
+def test_rope_parameters_of_transformers_5_are_read(
+    tiny_checkpoint: CheckpointFactory,
+    family: str,
+    nested: dict[str, Any],
+    flat: dict[str, Any],
+) -> None:
+    removed = dict.fromkeys(("rope_theta", "rope_local_base_freq", "partial_rotary_factor"), ...)
+    new = tiny_checkpoint(family, "new")
+    edit_config(new, **removed, rope_parameters=nested)
+    old = tiny_checkpoint(family, "old")
+    edit_config(old, **flat)
+    plain = tiny_checkpoint(family, "plain")
+    expected = load_model(old)[0](TOKENS)
+    assert mx.array_equal(load_model(new)[0](TOKENS), expected)
+    assert not mx.allclose(load_model(plain)[0](TOKENS), expected, atol=1e-4)
+    assert read_config(new)["rope_theta"] == 300.0
