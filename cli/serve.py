@@ -183,7 +183,7 @@ def parse_tasks(values: list[str]) -> dict[str, str]:
 def _leave() -> NoReturn:
     """End the process without finalizing the interpreter.
 
-    mlx keeps compiled functions for each thread and drops them, which takes Python's lock, after the
+    mlx drops a thread's compiled functions, which takes Python's lock, only after the
     thread has been joined; an interpreter that is going away meanwhile makes that an abort
     (mlx 0.32.4). Nothing is left to write here.
     """
