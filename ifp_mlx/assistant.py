@@ -15,6 +15,14 @@ from mlx_lm.utils import get_total_parameters
 
 from ifp_mlx import checkpoint, ffn
 from ifp_mlx.adapter import Adapter, load_adapter
+from ifp_mlx.base_model import (
+    DEFAULT_CONTEXT_TOKENS,
+    BaseModel,
+    CutModel,
+    ffn_shape,
+    open_base_model,
+    total_parameters,
+)
 from ifp_mlx.calibration import Calibration
 from ifp_mlx.config import round_keep_ratio
 from ifp_mlx.conversation import Conversation, KVCacheOptions, Message
@@ -31,7 +39,6 @@ from ifp_mlx.selection import (
 )
 from ifp_mlx.shipped import find_shipped
 from ifp_mlx.subnet_cache import CacheKey, SubNetCache, fold_task
-from ifp_mlx.subnetwork import slice_model
 
 DEFAULT_KEEP_RATIO = 2 / 3
 """Without an adapter, below two thirds of the units a small model loses too much (README)."""
@@ -57,6 +64,8 @@ class SubNetwork:
         reused_task: the description of another cached task whose sub-network serves this one.
         reuse_overlap: share of kept units that the two tasks have in common.
         selection_s: seconds to select, 0 from the cache.
+        requantization_error: relative error of quantizing columns of down projections again; 0
+            where that was not needed.
         slicing_s: seconds to slice, 0 when the compact model was still resident.
         active_parameters: parameters of ``model``.
         total_parameters: parameters of the dense model.
@@ -73,6 +82,7 @@ class SubNetwork:
     reuse_overlap: float | None = None
     selection_s: float = 0.0
     slicing_s: float = 0.0
+    requantization_error: float = 0.0
     active_parameters: int = 0
     total_parameters: int = 0
 
@@ -88,6 +98,7 @@ class Assistant:
         config: its ``config.json``.
         tokenizer: mlx-lm's wrapper.
         context_length: the most positions that the model was made for.
+        num_layers: L.
         num_units: F.
         adapter: the IFP adapter in use, if any.
         calibration: the calibrated prior, if any.
@@ -99,8 +110,7 @@ class Assistant:
         self,
         *,
         model_path: Path,
-        model: nn.Module,
-        config: dict[str, Any],
+        base: BaseModel,
         tokenizer: TokenizerWrapper,
         selector: str | None = None,
         adapter: Adapter | None = None,
@@ -112,19 +122,19 @@ class Assistant:
         on_warning: Callable[[str], None] = lambda line: None,
     ):
         self.model_path = model_path
-        self.config = config
+        self.config = base.config
         self.tokenizer = tokenizer
         self.adapter = adapter
         self.calibration = calibration
         self.cache = cache
-        self.num_units = ffn.num_units(model)
-        self.context_length = int(config.get("max_position_embeddings") or 2**31)
-        self._base_model = model
-        self._adapted_model: nn.Module | None = None
+        self.num_layers, self.num_units = ffn_shape(base)
+        self.context_length = int(base.config.get("max_position_embeddings") or 2**31)
+        self._base = base
+        self._dense: nn.Module | None = None
         self._compensate = compensate
         self._reuse_threshold = reuse_threshold
         self._max_resident_bytes = max_resident_bytes
-        self._resident: collections.OrderedDict[bytes, nn.Module] = collections.OrderedDict()
+        self._resident: collections.OrderedDict[bytes, CutModel] = collections.OrderedDict()
         self._on_warning = on_warning
         self.selector_name = self._choose_selector(selector)
         self._selector: Selector = self._make_selector(self.selector_name)
@@ -141,6 +151,8 @@ class Assistant:
         compensate: bool = False,
         cache: SubNetCache | None = None,
         reuse_threshold: float = 0.0,
+        context_tokens: int = DEFAULT_CONTEXT_TOKENS,
+        force: bool = False,
         on_warning: Callable[[str], None] = lambda line: None,
     ) -> "Assistant":
         """Open a checkpoint with what belongs to it.
@@ -158,6 +170,8 @@ class Assistant:
             cache: where selections by task are kept; None keeps nothing.
             reuse_threshold: share of units in common above which another cached task's
                 sub-network is taken instead; 0 never does.
+            context_tokens: the length of conversation that memory must be enough for.
+            force: load what is predicted not to fit in memory.
             on_warning: called with one line for the user.
 
         Raises:
@@ -178,11 +192,11 @@ class Assistant:
             side_folder / "calibration.safetensors",
             shipped and shipped / "calibration.safetensors",
         )
-        model, config = checkpoint.load_model(model_path, "auto")
         return cls(
             model_path=model_path,
-            model=model,
-            config=config,
+            base=open_base_model(
+                model_path, context_tokens=context_tokens, force=force, on_warning=on_warning
+            ),
             tokenizer=checkpoint.load_tokenizer(model_path),
             selector=selector,
             adapter=load_adapter(adapter_path) if adapter_path else None,
@@ -202,9 +216,11 @@ class Assistant:
 
     def dense(self) -> SubNetwork:
         """Return the whole base model, without an adapter's changes."""
-        parameters = get_total_parameters(self._base_model)
+        if self._dense is None:
+            self._dense = self._base.dense()
+        parameters = total_parameters(self._base)
         return SubNetwork(
-            model=self._base_model,
+            model=self._dense,
             selection=None,
             selector="dense",
             task=None,
@@ -301,8 +317,9 @@ class Assistant:
         )
 
     def _choose_selector(self, wanted: str | None) -> str:
+        can_predict = self.adapter is not None and self.adapter.has_predictor
         missing = {
-            "predictor": self.adapter is None and "an IFP adapter (--adapter DIR)",
+            "predictor": not can_predict and "an IFP adapter with a predictor (--adapter DIR)",
             "blend": self.calibration is None and "a calibration (ifp calibrate)",
             "static": self.calibration is None and "a calibration (ifp calibrate)",
         }
@@ -318,16 +335,16 @@ class Assistant:
     def _make_selector(self, name: str) -> Selector:
         kind, _, argument = name.partition(":")
         if kind == "predictor" and self.adapter is not None:
-            return PredictorSelector(self.adapter.predictor(self._base_model))
+            return PredictorSelector(self.adapter.predictor(self._base.reader))
         if kind == "static" and self.calibration is not None:
             selector = StaticSelector(self.calibration, argument or None)
             selector.scores([])  # an unknown task is refused now, not at the first prompt
             return selector
         if kind == "blend" and self.calibration is not None:
-            return BlendSelector(self._base_model, self.calibration)
+            return BlendSelector(self._base.reader, self.calibration)
         if kind == "random":
-            return RandomSelector(len(ffn.ffn_modules(self._base_model)), self.num_units)
-        return PromptSelector(self._base_model)
+            return RandomSelector(self.num_layers, self.num_units)
+        return PromptSelector(self._base.reader)
 
     def _select(self, text: str, num_kept_units: int) -> tuple[Selection, float]:
         start = time.perf_counter()
@@ -367,14 +384,6 @@ class Assistant:
                 best = (entry.key.task, overlap, other)
         return best
 
-    def _source_model(self) -> nn.Module:
-        """Return what is sliced: the base model with the adapter's changes, if it has any."""
-        if self.selector_name != "predictor" or self.adapter is None:
-            return self._base_model
-        if self._adapted_model is None:
-            self._adapted_model = self.adapter.apply(self._base_model)
-        return self._adapted_model
-
     def _cut(
         self,
         selection: Selection,
@@ -385,18 +394,22 @@ class Assistant:
     ) -> SubNetwork:
         start = time.perf_counter()
         digest = np.asarray(selection.indices).tobytes()
-        model = self._resident.pop(digest, None)
+        cut = self._resident.pop(digest, None)
         slicing_s = 0.0
-        if model is None:
-            compensation = self.calibration if self._compensate else None
-            model = slice_model(self._source_model(), selection, compensation=compensation)
-            mx.eval(model.parameters())
-            _require_finite(model, self.model_path)
+        if cut is None:
+            # An adapter's changes belong to the units that its own predictor selects.
+            adapter = self.adapter if self.selector_name == "predictor" else None
+            cut = self._base.cut(
+                selection,
+                adapt=None if adapter is None else adapter.apply,
+                compensation=self.calibration if self._compensate else None,
+            )
+            _require_finite(cut.model, self.model_path)
             slicing_s = time.perf_counter() - start
-        self._resident[digest] = model
+        self._resident[digest] = cut
         self._evict()
         return SubNetwork(
-            model=model,
+            model=cut.model,
             selection=selection,
             selector=self.selector_name,
             task=task,
@@ -404,13 +417,14 @@ class Assistant:
             num_units=self.num_units,
             selection_s=selection_s,
             slicing_s=slicing_s,
-            active_parameters=get_total_parameters(model),
-            total_parameters=get_total_parameters(self._base_model),
+            requantization_error=cut.requantization_error,
+            active_parameters=get_total_parameters(cut.model),
+            total_parameters=total_parameters(self._base),
             **facts,
         )
 
     def _evict(self) -> None:
-        sizes = {d: sum(a.nbytes for a in _ffn_arrays(m)) for d, m in self._resident.items()}
+        sizes = {d: sum(a.nbytes for a in _ffn_arrays(c.model)) for d, c in self._resident.items()}
         total_bytes = sum(sizes.values())
         while total_bytes > self._max_resident_bytes and len(self._resident) > 1:
             digest, _ = self._resident.popitem(last=False)
