@@ -7,7 +7,7 @@ model that does not fit in memory can still choose its own sub-network.
 
 import functools
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,9 +18,9 @@ from ifp_mlx.ffn import clone_module
 
 
 def layerwise_model(
-    path: Path, dtype: mx.Dtype | Literal["auto"] | None = None
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a checkpoint's dense model, whose layers stay on the disk, and its configuration.
+    path: Path, dtype: mx.Dtype | None = None, *, shared: nn.Module | None = None
+) -> nn.Module:
+    """Return a checkpoint's dense model, whose layers stay on the disk.
 
     It is used like any model. Everything outside the layers stays in memory once it was used.
     The arrays of its layers are placeholders: evaluating them loads them for good.
@@ -28,23 +28,25 @@ def layerwise_model(
     Args:
         path: a checkpoint directory.
         dtype: as in ``load_model``.
+        shared: the same model, loaded lazily in the same type; everything outside the layers is
+            shared with it, and it is not changed. None loads what is needed.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
     """
-    model, config = load_model(path, dtype, lazy=True)
+    if shared is None:
+        shared = load_model(path, dtype, lazy=True)[0]
+    model: nn.Module = clone_module(shared)
     layers = _LayersOnDisk(path, dtype, model)
     for index, layer in enumerate(model.layers):
         layer._on_disk = functools.partial(layers.read_into, index)
         layer_class: Any = type(layer)
         layer.__class__ = _layerwise_class(layer_class)
-    return model, config
+    return model
 
 
 class _LayersOnDisk:
-    def __init__(
-        self, path: Path, dtype: mx.Dtype | Literal["auto"] | None, model: nn.Module
-    ) -> None:
+    def __init__(self, path: Path, dtype: mx.Dtype | None, model: nn.Module) -> None:
         self._path = path
         self._dtype = dtype
         self._placeholders = [_named_arrays(layer) for layer in model.layers]

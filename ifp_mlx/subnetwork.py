@@ -107,6 +107,7 @@ def slice_model(
     *,
     compensation: Calibration | None = None,
     exact_down: bool = False,
+    error: RequantizationError | None = None,
 ) -> nn.Module:
     """Return the compact model that keeps the selected FFN units.
 
@@ -121,6 +122,7 @@ def slice_model(
         compensation: adds the mean contribution of the removed units as a bias of the down
             projection (FLAP, An et al. 2024).
         exact_down: keep the columns of a quantized down projection as plain weights.
+        error: counts the down projections that are quantized again.
 
     Returns:
         A new model of the same class. Lazy: evaluate its parameters to do the gathers.
@@ -133,7 +135,13 @@ def slice_model(
     source = ResidentUnits(model)
     for layer in range(selection.num_layers):
         fill_layer(
-            compact, layer, selection, source, compensation=compensation, exact_down=exact_down
+            compact,
+            layer,
+            selection,
+            source,
+            compensation=compensation,
+            exact_down=exact_down,
+            error=error,
         )
     return compact
 

@@ -21,7 +21,7 @@ def test_layerwise_model_gives_the_same_logits_and_activations(
     tiny_checkpoint: CheckpointFactory, family: str
 ) -> None:
     path = tiny_checkpoint(family)
-    layerwise = layerwise_model(path)[0]
+    layerwise = layerwise_model(path)
     model = load_model(path)[0]
     for _ in range(2):  # a second pass reads the layers again
         assert mx.array_equal(layerwise(mx.array([TOKENS])), model(mx.array([TOKENS])))
@@ -30,21 +30,21 @@ def test_layerwise_model_gives_the_same_logits_and_activations(
 
 
 def test_layerwise_model_computes_in_the_asked_type(tiny_checkpoint: CheckpointFactory) -> None:
-    layerwise = layerwise_model(tiny_checkpoint(), mx.bfloat16)[0]
+    layerwise = layerwise_model(tiny_checkpoint(), mx.bfloat16)
     assert layerwise(mx.array([TOKENS])).dtype == mx.bfloat16
 
 
 def test_layerwise_model_can_be_calibrated(tiny_checkpoint: CheckpointFactory) -> None:
     path = tiny_checkpoint()
     examples = [CalibrationExample(TOKENS), CalibrationExample(TOKENS[::-1])]
-    found = calibrate(layerwise_model(path)[0], examples)
+    found = calibrate(layerwise_model(path), examples)
     expected = calibrate(load_model(path)[0], examples)
     assert mx.allclose(found.importance, expected.importance, rtol=1e-6)
 
 
 def test_layers_are_not_kept(tiny_checkpoint: CheckpointFactory) -> None:
     path = tiny_checkpoint(hidden_size=64, intermediate_size=2048, vocab_size=264)
-    layerwise = layerwise_model(path)[0]
+    layerwise = layerwise_model(path)
     mx.eval(layerwise(mx.array([TOKENS])))
     before = mx.get_active_memory()
     mx.reset_peak_memory()
