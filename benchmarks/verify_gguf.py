@@ -9,7 +9,7 @@ where every value must be equal.
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gguf
 import mlx.core as mx
@@ -59,7 +59,8 @@ def main() -> None:
     )
     left = {tensor.name: tensor for tensor in reader.tensors if tensor.name != "rope_freqs.weight"}
     num_values = num_different = 0
-    for name, array in tree_flatten(model.parameters()):
+    parameters = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+    for name, array in parameters:
         tensor = left.pop(str(names.get_name(name, try_suffixes=(".weight", ".bias"))))
         expected = reference(tensor, architecture, name, config)
         different = int((np.array(array) != expected).sum())
