@@ -51,3 +51,34 @@ def bytes_progress() -> Iterator[Callable[[str, int, int], None]]:
             progress.update(bars[stage], completed=done_bytes, total=total_bytes or None)
 
         yield show
+
+
+@contextlib.contextmanager
+def counting(verb: str) -> Iterator[Callable[[int], None]]:
+    """Yield a function that takes the tokens of each example as it is done.
+
+    Shows examples, tokens, speed and time on a terminal, nothing elsewhere: the end is unknown.
+    """
+    console = status_console()
+    if not console.is_terminal:
+        yield lambda num_tokens: None
+        return
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    num_examples = total_tokens = 0
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task(verb, total=None)
+
+        def count(num_tokens: int) -> None:
+            nonlocal num_examples, total_tokens
+            num_examples += 1
+            total_tokens += num_tokens
+            speed = total_tokens / max(progress.tasks[0].elapsed or 0.0, 1e-3)
+            progress.update(
+                bar,
+                description=f"{verb} {num_examples:,} examples, {total_tokens:,} tokens, "
+                f"{speed:,.0f} tokens/s",
+            )
+
+        yield count
