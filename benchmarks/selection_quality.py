@@ -4,7 +4,7 @@ Cross-entropy on held-out text, by domain, with all FFN units and with two third
 them, picked at random, by the calibrated prior over all text, by that of the text's own domain,
 and by the rank blend, with and without compensation:
 
-    python benchmarks/selectors.py MODEL_FOLDER EVAL_FOLDER --calibration FILE
+    python benchmarks/selection_quality.py MODEL_FOLDER EVAL_FOLDER --calibration FILE
 
 Prints Markdown; ``--out FILE`` also writes the figures as JSON, after every row, so that a run
 that is stopped keeps what it has measured.
@@ -117,7 +117,7 @@ def _facts(arguments: argparse.Namespace, num_texts: int) -> dict[str, Any]:
         Path(word).name if word.startswith("/") else word for word in sys.argv[1:]
     ]  # the machine's folders say nothing to others
     return {
-        "command": shlex.join(["python", "benchmarks/selectors.py", *words]),
+        "command": shlex.join(["python", "benchmarks/selection_quality.py", *words]),
         "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()}, "
         f"mlx {importlib.metadata.version('mlx')} on {mx.default_device().type.name}, "
         f"{'with ' + BLAS if BLAS else 'without OpenBLAS'}, float32",
