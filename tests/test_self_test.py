@@ -5,6 +5,7 @@ import pytest
 
 from ifp_mlx import self_test
 from ifp_mlx.self_test import Check, measure_speed, run_checks
+from ifp_mlx.subnetwork import slice_model
 
 
 def test_checks_pass_on_this_machine() -> None:
@@ -14,7 +15,7 @@ def test_checks_pass_on_this_machine() -> None:
 
 
 def test_checks_notice_a_wrong_slice(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = self_test.slice_model
+    right = slice_model
 
     def off_by_one(model, selection):  # type: ignore[no-untyped-def]
         indices = mx.concatenate([selection.indices[:, :1] * 0, selection.indices[:, 1:]], axis=1)

@@ -73,7 +73,7 @@ def write_word_model(folder: Path, *, context_length: int = 4096, endless: bool 
     generator = np.random.default_rng(3)
     weights = {
         name: mx.array(0.02 * generator.standard_normal(array.shape), dtype=mx.float32)
-        for name, array in tree_flatten(model.parameters(), destination={}).items()
+        for name, array in dict(tree_flatten(model.parameters())).items()
     }
     for name in weights:
         if "norm" in name:
