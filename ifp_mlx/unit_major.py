@@ -114,7 +114,7 @@ class LayerTensors:
 
 
 def write_side_file(
-    path: Path, *, on_layer: Callable[[int, int], Any] = lambda done, of: None
+    path: Path, *, on_bytes: Callable[[int, int], Any] = lambda done, total: None
 ) -> Path:
     """Write a checkpoint's side file, whole or not at all, and return its path.
 
@@ -122,7 +122,7 @@ def write_side_file(
 
     Args:
         path: a checkpoint directory, quantized or not.
-        on_layer: called with layers done and their number.
+        on_bytes: called with the bytes written and all there will be, layer by layer.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or not stored as mlx-lm has it.
@@ -130,19 +130,37 @@ def write_side_file(
     """
     target = path / SIDE_FILE
     model, _ = load_model(path, lazy=True)
-    tensors = stored_tensors(path)
-    layers = [LayerTensors(model, tensors, layer) for layer in range(len(model.layers))]
+    layers = _all_layers(path, model)
     header = _make_header(layers, fingerprint(path))
-    require_free_disk(
-        target.parent, len(header) + sum(layer.num_units * layer.record_bytes for layer in layers)
-    )
+    total_bytes = len(header) + sum(layer.num_units * layer.record_bytes for layer in layers)
+    require_free_disk(target.parent, total_bytes)
     with _writing(target), atomic_path(target) as temporary, temporary.open("wb") as file:
         file.write(header)
         with PositionedReader() as reader:
-            for index, layer in enumerate(layers):
+            for layer in layers:
                 file.write(_records(layer, reader).reshape(-1).data)
-                on_layer(index + 1, len(layers))
+                on_bytes(file.tell(), total_bytes)
     return target
+
+
+def side_file_is_current(path: Path) -> bool:
+    """Return whether a checkpoint has a side file made from its present weights.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or not stored as mlx-lm has it.
+    """
+    model, _ = load_model(path, lazy=True)
+    layers = _all_layers(path, model)
+    try:
+        with PositionedReader() as reader:
+            return UnitMajorFile.open(path, layers, reader, mx.float32) is not None
+    except CheckpointError:
+        return False
+
+
+def _all_layers(path: Path, model: nn.Module) -> list[LayerTensors]:
+    tensors = stored_tensors(path)
+    return [LayerTensors(model, tensors, layer) for layer in range(len(model.layers))]
 
 
 @contextlib.contextmanager

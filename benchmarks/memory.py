@@ -1,0 +1,159 @@
+"""Measure peak memory and bytes read: the dense model in mlx-lm, and sub-networks of it.
+
+    python benchmarks/memory.py [CHECKPOINT] [--keep 0.25] [--max-tokens 2]
+
+Without a checkpoint it writes a synthetic one of 2.9 GB in a temporary folder and removes it.
+Each row is a fresh process: for ours the command ``ifp generate``. Peak is ru_maxrss, reads are
+``rchar`` of /proc/self/io, less what the same program reads before it opens the model. PyTorch,
+which is no dependency, is hidden from all of them: where it is installed, transformers imports it.
+Linux only. Ends with one JSON line.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from synthetic_checkpoint import write_checkpoint
+
+from ifp_mlx import checkpoint, memory
+from ifp_mlx.config import round_keep_ratio
+from ifp_mlx.unit_major import SIDE_FILE, write_side_file
+
+PROMPT = "Explain in a few words why the sky is blue."
+LIMIT_FACTOR, LIMIT_EXTRA_BYTES = 1.15, 300 * 10**6
+
+# The peak of a process includes that of the one it was started from: start it from a small one.
+_FRESH_PARENT = ("sh", "-c", '"$0" "$@"; exit $?')
+
+_MEASURE = """
+import resource, sys
+sys.modules["torch"] = None
+from ifp_mlx.blas import prefer_openblas
+prefer_openblas()
+def read_bytes():
+    return int(open("/proc/self/io").read().split()[1])
+def report(before):
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"{peak} {read_bytes() - before}", file=sys.stderr)
+"""
+
+_DENSE = """
+from mlx_lm import generate, load
+before = read_bytes()
+model, tokenizer = load(sys.argv[1])
+if sys.argv[4] == "float32":
+    import mlx.core as mx
+    model.set_dtype(mx.float32)
+    mx.eval(model.parameters())
+generate(model, tokenizer, sys.argv[2], max_tokens=int(sys.argv[3]))
+report(before)
+"""
+
+_OURS = """
+import mlx_lm.generate
+from ifp_mlx.cli.app import run
+before = read_bytes()
+code = run(sys.argv[5:])
+report(before)
+sys.exit(code)
+"""
+
+_NOTHING = "import mlx_lm.generate\nfrom ifp_mlx.cli.app import run\nreport(0)\n"
+
+
+def measure(program: str, *arguments: str) -> tuple[int, int]:
+    """Return peak resident bytes and bytes read of a program in a fresh process."""
+    environment = {**os.environ, "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*_FRESH_PARENT, sys.executable, "-c", _MEASURE + program, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    if done.returncode:
+        raise SystemExit(f"a measured process failed:\n{done.stderr}")
+    peak_bytes, read_bytes = done.stderr.strip().splitlines()[-1].split()
+    return int(peak_bytes), int(read_bytes)
+
+
+def measure_all(path: Path, keep: float, max_tokens: int) -> dict[str, Any]:
+    """Return every row of the table for one checkpoint; its side file is made anew."""
+    stored, _ = checkpoint.load_model(path, lazy=True)
+    dtype = checkpoint.automatic_dtype(stored)
+    sizes = memory.checkpoint_sizes(path, dtype)
+    kept = round_keep_ratio(keep, sizes.num_units)
+    context = len(PROMPT) + max_tokens  # at most a token a byte
+    compact_bytes = sizes.predict(kept, context).weights_bytes
+    kept_bytes = compact_bytes // (1 if dtype is None else sizes.item_bytes // 2)
+    common = (str(path), PROMPT, str(max_tokens), "float32" if dtype == mx.float32 else "stored")
+    generate = ["generate", PROMPT, "--raw", "--model", str(path), "--keep", str(keep)]
+    generate += ["--max-tokens", str(max_tokens), "--no-cache"]
+    rows: dict[str, dict[str, Any]] = {}
+
+    def add(name: str, figures: tuple[int, int], predicted: int | None) -> None:
+        rows[name] = {
+            "peak_bytes": figures[0],
+            "read_bytes": figures[1],
+            "predicted_bytes": predicted,
+        }
+        shown = "" if predicted is None else f"{predicted / 1e9:.3f}"
+        print(f"{name:44} {figures[0] / 1e9:9.3f} {shown:>10} {figures[1] / 1e9:9.3f}", flush=True)
+
+    print(f"{'GB':44} {'peak':>9} {'predicted':>10} {'read':>9}")
+    add("program alone", measure(_NOTHING), None)
+    add("mlx-lm, dense", measure(_DENSE, *common), None)
+    for side_file in (False, True):
+        (path / SIDE_FILE).unlink(missing_ok=True)
+        if side_file:
+            write_side_file(path)
+        how = "with side file" if side_file else "without side file"
+        predicted = memory.predict_peak_bytes(path, kept, context, dtype).total_bytes
+        for selector in ("random", "prompt"):
+            figures = measure(_OURS, *common, *generate, "--selector", selector)
+            add(f"ifp generate, {selector} selector, {how}", figures, predicted)
+    limit = int(LIMIT_FACTOR * compact_bytes) + LIMIT_EXTRA_BYTES
+    print(f"compact weights {compact_bytes / 1e9:.3f} GB, limit of the peak {limit / 1e9:.3f} GB")
+    print(f"kept bytes as stored {kept_bytes / 1e9:.3f} GB")
+    return {
+        "num_kept_units": kept,
+        "num_units": sizes.num_units,
+        "compute": "as stored" if dtype is None else str(dtype),
+        "compact_bytes": compact_bytes,
+        "kept_stored_bytes": kept_bytes,
+        "peak_limit_bytes": limit,
+        "rows": rows,
+    }
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path, nargs="?")
+    parser.add_argument("--keep", type=float, default=0.25)
+    parser.add_argument("--max-tokens", type=int, default=2)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="ifp-memory-") as folder:
+        path = options.checkpoint
+        if path is None:
+            path = Path(folder) / "synthetic"
+            write_checkpoint(path, 2048, 8192, 24)
+        figures = measure_all(path, options.keep, options.max_tokens)
+    machine = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "memory_bytes": memory.usable_memory_bytes(),
+        "system": platform.platform(terse=True),
+        "mlx": mx.__version__,
+    }
+    print(json.dumps({**machine, **figures}))
+
+
+if __name__ == "__main__":
+    main()
