@@ -20,7 +20,9 @@ from ifp_mlx.cli import (
     eval,
     generate,
     overlap,
+    prepare,
     pull,
+    quantize,
     serve,
 )
 from ifp_mlx.cli.terminal import complain
@@ -70,6 +72,8 @@ app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
 app.add_typer(cache.app, name="cache")
 app.command("convert")(convert.convert)
+app.command("quantize")(quantize.quantize)
+app.command("prepare")(prepare.prepare)
 app.command("calibrate")(calibrate.calibrate)
 app.command("serve")(serve.serve)
 app.command("eval")(eval.evaluate)
