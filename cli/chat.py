@@ -37,6 +37,8 @@ def chat(
     compensate: options.Compensate = False,
     reuse: options.Reuse = 0.0,
     no_cache: options.NoCache = False,
+    lossless: options.Lossless = False,
+    num_draft_tokens: options.NumDraftTokens = 4,
     model: options.Model = options.DEFAULT_MODEL,
     adapter: options.Adapter = None,
     no_adapter: options.NoAdapter = False,
@@ -91,7 +93,14 @@ def chat(
     model_choice = dataclasses.replace(model_choice, model=session.settings.model or model)
     sampling = SamplingOptions(max_tokens, temp, top_p, top_k, min_p, seed=seed)
     with keys_kept_for_the_prompt() if is_interactive() else contextlib.nullcontext():
-        conversation = Chat(model_choice, choice, session, sampling, rebuilds_kv=rebuild_kv)
+        conversation = Chat(
+            model_choice,
+            choice,
+            session,
+            sampling,
+            rebuilds_kv=rebuild_kv,
+            num_draft_tokens=num_draft_tokens if lossless else None,
+        )
         _ChatLoop(conversation, drops_oldest=drop_oldest).run()
 
 

@@ -22,6 +22,8 @@ from ifp_mlx.errors import UsageError
 from ifp_mlx.sessions import Session, SessionSettings
 
 if TYPE_CHECKING:
+    import mlx.nn as nn
+
     from ifp_mlx.assistant import Assistant, SubNetwork
     from ifp_mlx.conversation import Conversation, GenerationStats, SamplingOptions
 
@@ -49,6 +51,8 @@ class Chat:
         subnet: what answers; None until the first message selects it.
         unanswered: a message whose reply was lost when an earlier chat was killed.
         shows_statistics: print a line of measurements below each reply.
+        num_draft_tokens: lossless: the sub-network drafts this many tokens, which the whole model
+            checks; None lets the sub-network answer.
         rebuilds_kv: after a switch prefill the conversation again with the new sub-network.
     """
 
@@ -60,14 +64,15 @@ class Chat:
         sampling: SamplingOptions,
         *,
         rebuilds_kv: bool = False,
-        shows_statistics: bool = True,
+        num_draft_tokens: int | None = None,
     ):
         self._model_choice = model_choice
         self._choice = subnet_choice
         self.session = session
         self.sampling = sampling
         self.rebuilds_kv = rebuilds_kv
-        self.shows_statistics = shows_statistics
+        self.shows_statistics = True
+        self.num_draft_tokens = num_draft_tokens
         self.assistant: Assistant = load_assistant(model_choice)
         self.subnet: SubNetwork | None = None
         self.unanswered: str | None = None
@@ -272,21 +277,31 @@ class Chat:
         self.subnet = choose_subnetwork(self.assistant, self._choice, text)
         say(describe_subnetwork(self.subnet))
         if self._conversation is not None:
-            self._conversation.switch(self.subnet.model, rebuild_kv=self.rebuilds_kv)
+            model, draft_model = self._models(self.subnet)
+            self._conversation.switch(model, rebuild_kv=self.rebuilds_kv, draft_model=draft_model)
+
+    def _models(self, subnet: SubNetwork) -> tuple[nn.Module, nn.Module | None]:
+        """Return what answers and what drafts for it."""
+        if self.num_draft_tokens is None or subnet.selection is None:
+            return subnet.model, None
+        return self.assistant.dense().model, subnet.model
 
     def _restart_conversation(self) -> None:
-        from ifp_mlx.conversation import Conversation
+        from ifp_mlx.conversation import DEFAULT_DRAFT_TOKENS, Conversation
 
         if self.subnet is None:
             self._conversation = None
             return
         messages = self.session.messages[: -1 if self.unanswered is not None else None]
+        model, draft_model = self._models(self.subnet)
         self._conversation = Conversation(
-            self.subnet.model,
+            model,
             self.assistant.tokenizer,
             self.assistant.context_length,
             system_prompt=self.system_prompt,
             messages=messages,
+            draft_model=draft_model,
+            num_draft_tokens=self.num_draft_tokens or DEFAULT_DRAFT_TOKENS,
         )
 
     def _adopt_session(self, session: Session) -> None:

@@ -37,6 +37,8 @@ def generate(
     compensate: options.Compensate = False,
     reuse: options.Reuse = 0.0,
     no_cache: options.NoCache = False,
+    lossless: options.Lossless = False,
+    num_draft_tokens: options.NumDraftTokens = 4,
     model: options.Model = options.DEFAULT_MODEL,
     adapter: options.Adapter = None,
     no_adapter: options.NoAdapter = False,
@@ -81,6 +83,8 @@ def generate(
     git diff | ifp generate --task "write commit messages" -
     """
     choice = SubnetChoice(task, keep, keep_units, dense)
+    if lossless and dense:
+        raise UsageError("--lossless checks a sub-network's draft; leave out --dense")
     if ignore_chat_template and system_prompt is not None:
         raise UsageError(
             "--system-prompt needs the chat template; leave out --ignore-chat-template"
@@ -97,11 +101,13 @@ def generate(
     subnet = choose_subnetwork(assistant, choice, text)
     say(describe_subnetwork(subnet))
     conversation = Conversation(
-        subnet.model,
+        assistant.dense().model if lossless else subnet.model,
         assistant.tokenizer,
         assistant.context_length,
         system_prompt=system_prompt,
         kv_options=kv_options,
+        draft_model=subnet.model if lossless else None,
+        num_draft_tokens=num_draft_tokens,
     )
     answer = conversation.complete if ignore_chat_template else conversation.reply
     pieces: list[str] = []

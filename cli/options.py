@@ -136,3 +136,20 @@ SystemPrompt = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Lossless = Annotated[
+    bool,
+    typer.Option(
+        "--lossless",
+        help="Let the sub-network draft and the whole model check: the words are the whole "
+        "model's. The statistics show how many drafted tokens it accepted.",
+    ),
+]
+NumDraftTokens = Annotated[
+    int,
+    typer.Option(
+        "--num-draft-tokens",
+        metavar="N",
+        min=1,
+        help="With --lossless: tokens drafted before each check.",
+    ),
+]

@@ -14,21 +14,27 @@ if TYPE_CHECKING:
 def full_statistics(subnet: SubNetwork, stats: GenerationStats) -> str:
     """Return the lines that ``--stats`` prints."""
     share = subnet.active_parameters / subnet.total_parameters
-    prompt = f"prompt {stats.prompt_tokens} tokens at {stats.prompt_tps:.1f} tokens/s"
+    new_tokens = stats.prompt_tokens - stats.cached_prompt_tokens
+    prompt = f"prompt {new_tokens} tokens at {stats.prompt_tps:.1f} tokens/s"
     if stats.cached_prompt_tokens:
         prompt += f" ({stats.cached_prompt_tokens} more from the KV cache)"
-    return "\n".join(
-        [
-            f"sub-network {subnet.selector}, {subnet.num_kept_units}/{subnet.num_units} units, "
-            f"{subnet.active_parameters / 1e6:.1f}M of {subnet.total_parameters / 1e6:.1f}M "
-            f"parameters active ({share:.0%}); selection {subnet.selection_s * 1000:.1f} ms"
-            f"{' (cache hit)' if subnet.from_cache else ''}, "
-            f"slicing {subnet.slicing_s * 1000:.1f} ms",
-            f"{prompt}, answer {stats.generated_tokens} tokens at {stats.generation_tps:.1f} "
-            f"tokens/s, first token after {duration(stats.time_to_first_token_s)}, "
-            f"peak memory {gigabytes(stats.peak_memory_bytes)}, {stats.finish_reason}",
-        ]
-    )
+    lines = [
+        f"sub-network {subnet.selector}, {subnet.num_kept_units}/{subnet.num_units} units, "
+        f"{subnet.active_parameters / 1e6:.1f}M of {subnet.total_parameters / 1e6:.1f}M "
+        f"parameters active ({share:.0%}); selection {subnet.selection_s * 1000:.1f} ms"
+        f"{' (cache hit)' if subnet.from_cache else ''}, "
+        f"slicing {subnet.slicing_s * 1000:.1f} ms",
+        f"{prompt}, answer {stats.generated_tokens} tokens at {stats.generation_tps:.1f} "
+        f"tokens/s, first token after {duration(stats.time_to_first_token_s)}, "
+        f"peak memory {gigabytes(stats.peak_memory_bytes)}, {stats.finish_reason}",
+    ]
+    if stats.drafted_tokens:
+        lines.append(f"lossless: {_acceptance(stats)} of the drafted tokens accepted")
+    return "\n".join(lines)
+
+
+def _acceptance(stats: GenerationStats) -> str:
+    return f"{stats.accepted_tokens / stats.drafted_tokens:.0%}"
 
 
 def turn_statistics(stats: GenerationStats, used: int, context_length: int) -> str:
@@ -40,6 +46,8 @@ def turn_statistics(stats: GenerationStats, used: int, context_length: int) -> s
         f"first after {duration(stats.time_to_first_token_s)}",
         context_meter(used, context_length),
     ]
+    if stats.drafted_tokens:
+        parts.insert(3, f"{_acceptance(stats)} of drafts accepted")
     return " · ".join(parts)
 
 
@@ -71,4 +79,6 @@ def statistics_record(subnet: SubNetwork, stats: GenerationStats) -> dict[str, A
         "time_to_first_token_ms": stats.time_to_first_token_s * 1000,
         "peak_memory_bytes": stats.peak_memory_bytes,
         "finish_reason": stats.finish_reason,
+        "drafted_tokens": stats.drafted_tokens,
+        "accepted_tokens": stats.accepted_tokens,
     }

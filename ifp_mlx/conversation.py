@@ -1,5 +1,6 @@
 """A conversation with one sub-network: its messages and its KV cache."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,9 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ifp_mlx.errors import UsageError
+
+DEFAULT_DRAFT_TOKENS = 4
+"""Tokens that a sub-network proposes before the dense model checks them."""
 
 Message = dict[str, str]
 """``{"role": "system" | "user" | "assistant", "content": text}``, as chat templates take it."""
@@ -79,6 +83,8 @@ class GenerationStats:
         time_to_first_token_s: from the call to the first token.
         peak_memory_bytes: highest use of mlx's allocator so far.
         finish_reason: ``stop``, ``length`` or ``interrupted``.
+        drafted_tokens: tokens that a draft model proposed.
+        accepted_tokens: how many of them the model would have chosen itself.
     """
 
     prompt_tokens: int
@@ -89,6 +95,8 @@ class GenerationStats:
     time_to_first_token_s: float
     peak_memory_bytes: int
     finish_reason: str
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Conversation:
@@ -106,6 +114,12 @@ class Conversation:
         kv_options: how keys and values are kept.
         kv_cache: a cache that holds ``kv_token_ids`` already, such as one read from a file.
         kv_token_ids: what ``kv_cache`` holds.
+        draft_model: a sub-network of ``model`` that proposes tokens, which ``model`` then checks
+            several at a time; greedy replies are those of ``model`` alone.
+        num_draft_tokens: how many are proposed at a time.
+
+    Raises:
+        UsageError: a draft model with a rotating or quantized KV cache, which cannot go back.
     """
 
     def __init__(
@@ -119,6 +133,8 @@ class Conversation:
         kv_options: KVCacheOptions | None = None,
         kv_cache: list[Any] | None = None,
         kv_token_ids: Sequence[int] = (),
+        draft_model: nn.Module | None = None,
+        num_draft_tokens: int = DEFAULT_DRAFT_TOKENS,
     ):
         self.messages: list[Message] = [dict(message) for message in messages]
         if system_prompt is not None:
@@ -127,7 +143,14 @@ class Conversation:
         self.stats: GenerationStats | None = None
         self._model = model
         self._tokenizer = tokenizer
+        self._draft_model = draft_model
+        self._num_draft_tokens = num_draft_tokens
         self._kv_options = kv_options or KVCacheOptions()
+        if draft_model is not None and self._kv_options != KVCacheOptions():
+            raise UsageError(
+                "checking a draft needs a KV cache that can go back; leave out --max-kv-size and "
+                "--kv-bits"
+            )
         self.kv_cache = kv_cache or self._empty_kv_cache()
         self.kv_token_ids = list(kv_token_ids)
 
@@ -169,16 +192,20 @@ class Conversation:
             raise UsageError("the prompt is empty; say what you want")
         yield from self._stream(list(self._tokenizer.encode(text)), sampling)
 
-    def switch(self, model: nn.Module, *, rebuild_kv: bool) -> None:
+    def switch(
+        self, model: nn.Module, *, rebuild_kv: bool, draft_model: nn.Module | None = None
+    ) -> None:
         """Go on with another sub-network of the same dense model.
 
         Args:
             model: the model that answers from now on.
             rebuild_kv: prefill the conversation again with the new model at the next reply,
                 instead of going on from keys and values that the former one computed.
+            draft_model: what drafts from now on, if anything does.
         """
-        self._model = model
-        if rebuild_kv:
+        drafts_alike = (draft_model is None) == (self._draft_model is None)
+        self._model, self._draft_model = model, draft_model
+        if rebuild_kv or not drafts_alike:
             self.kv_cache = self._empty_kv_cache()
             self.kv_token_ids = []
 
@@ -207,6 +234,8 @@ class Conversation:
 
     def _empty_kv_cache(self) -> list[Any]:
         cache: list[Any] = make_prompt_cache(self._model, self._kv_options.max_kv_size)
+        if self._draft_model is not None:  # mlx-lm takes both models' caches in one list
+            cache += make_prompt_cache(self._draft_model)
         return cache
 
     def _prompt_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -233,40 +262,48 @@ class Conversation:
         if self._kv_options.max_kv_size is not None:
             room = sampling.max_new_tokens
         generated: list[int] = []
+        num_accepted = 0
         response = None
         finish_reason = "interrupted"
         start = time.perf_counter()
         first_token_s = 0.0
         mx.reset_peak_memory()
+        responses = stream_generate(
+            self._model,
+            self._tokenizer,
+            prompt_ids[num_cached:],
+            max_tokens=min(sampling.max_new_tokens, room),
+            sampler=make_sampler(
+                sampling.temperature,
+                top_p=sampling.top_p,
+                min_p=sampling.min_p,
+                top_k=sampling.top_k,
+            ),
+            logits_processors=make_logits_processors(
+                repetition_penalty=sampling.repetition_penalty
+            ),
+            prompt_cache=self.kv_cache,
+            kv_bits=self._kv_options.kv_bits,
+            kv_group_size=self._kv_options.kv_group_size,
+            quantized_kv_start=self._kv_options.quantized_kv_start,
+            draft_model=self._draft_model,
+            num_draft_tokens=self._num_draft_tokens,
+        )
         try:
-            for response in stream_generate(
-                self._model,
-                self._tokenizer,
-                prompt_ids[num_cached:],
-                max_tokens=min(sampling.max_new_tokens, room),
-                sampler=make_sampler(
-                    sampling.temperature,
-                    top_p=sampling.top_p,
-                    min_p=sampling.min_p,
-                    top_k=sampling.top_k,
-                ),
-                logits_processors=make_logits_processors(
-                    repetition_penalty=sampling.repetition_penalty
-                ),
-                prompt_cache=self.kv_cache,
-                kv_bits=self._kv_options.kv_bits,
-                kv_group_size=self._kv_options.kv_group_size,
-                quantized_kv_start=self._kv_options.quantized_kv_start,
-            ):
-                if not generated:
-                    first_token_s = time.perf_counter() - start
-                generated.append(response.token)
-                finish_reason = response.finish_reason or finish_reason
-                if response.text:
-                    yield response.text
+            # Closed at once: a draft that was not accepted leaves the caches only then.
+            with contextlib.closing(responses):
+                for response in responses:
+                    if not generated:
+                        first_token_s = time.perf_counter() - start
+                    generated.append(response.token)
+                    num_accepted += response.from_draft
+                    finish_reason = response.finish_reason or finish_reason
+                    if response.text:
+                        yield response.text
         finally:
-            # Whatever stopped us, the cache itself knows how far it got.
-            self.kv_token_ids = (prompt_ids + generated)[: self.kv_cache[0].offset]
+            # Whatever stopped us, the caches themselves know how far they got.
+            num_positions = min(cache.offset for cache in self.kv_cache)
+            self.kv_token_ids = (prompt_ids + generated)[:num_positions]
             if response is not None:
                 self.stats = GenerationStats(
                     prompt_tokens=len(prompt_ids),
@@ -277,7 +314,15 @@ class Conversation:
                     time_to_first_token_s=first_token_s,
                     peak_memory_bytes=mx.get_peak_memory(),
                     finish_reason=finish_reason,
+                    drafted_tokens=self._num_drafted(len(generated), num_accepted),
+                    accepted_tokens=num_accepted,
                 )
+
+    def _num_drafted(self, num_generated: int, num_accepted: int) -> int:
+        if self._draft_model is None:
+            return 0
+        # Each check of a draft gives one token that is the model's own.
+        return max(num_generated - num_accepted, 1) * self._num_draft_tokens
 
     def _require_quantizable_heads(self) -> None:
         args, group_size = self._model.args, self._kv_options.kv_group_size
@@ -298,11 +343,10 @@ class Conversation:
                 break
             common += 1
         common = min(common, len(prompt_ids) - 1)  # one token must be left to compute logits from
-        surplus = len(self.kv_token_ids) - common
-        if surplus > 0:
-            trim_prompt_cache(self.kv_cache, surplus)
-            if self.kv_cache[0].offset != common:  # a rotated cache cannot go back
-                self.kv_cache = self._empty_kv_cache()
-                common = 0
+        for cache in self.kv_cache:
+            trim_prompt_cache([cache], cache.offset - common)  # a draft's cache may be ahead
+        if any(cache.offset != common for cache in self.kv_cache):
+            self.kv_cache = self._empty_kv_cache()  # a rotated cache cannot go back
+            common = 0
         self.kv_token_ids = self.kv_token_ids[:common]
         return common

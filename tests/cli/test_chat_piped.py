@@ -224,3 +224,12 @@ def test_chat_new_message_replaces_one_without_a_reply(
     ifp("chat", "--session", "cut", stdin="another one\n")
     contents = [message["content"] for message in Session.load(home / "sessions", "cut").messages]
     assert contents == ["another one", words]
+
+
+def test_chat_lossless_says_what_the_dense_model_says(ifp: Run, small_model: Path) -> None:
+    script = "hello\nand then?\n/keep 64\nonce more\n/dense\nlast\n/dense off\nreally last\n"
+    arguments = ("chat", "--model", small_model, "-m", "12", "--no-save")
+    dense = ifp(*arguments, "--dense", stdin="hello\nand then?\nonce more\nlast\nreally last\n")
+    checked = ifp(*arguments, "--lossless", stdin=script)
+    assert checked.code == 0, checked.stderr
+    assert checked.stdout == dense.stdout

@@ -202,3 +202,23 @@ def test_generate_interrupted_keeps_the_partial_answer(endless_model: Path, tmp_
     assert (begun + rest).decode().startswith("Alpha bravo **charlie** ")
     assert b"interrupted" in errors
     assert b"Traceback" not in errors
+
+
+def test_generate_lossless_says_what_the_dense_model_says(
+    ifp: Run, small_model: Path, prompts: list[str]
+) -> None:
+    for prompt in prompts[:3]:
+        arguments = ("generate", prompt, "--model", small_model, "-m", "20", "--json")
+        dense = json.loads(ifp(*arguments, "--dense").stdout)
+        checked = json.loads(ifp(*arguments, "--lossless", "--keep-units", "128").stdout)
+        assert checked["answer"] == dense["answer"]
+        assert checked["num_kept_units"] == 128
+        assert 0 <= checked["accepted_tokens"] <= checked["drafted_tokens"]
+    shown = ifp("generate", "hi", "--model", small_model, "-m", "20", "--lossless", "--stats")
+    assert "of the drafted tokens accepted" in shown.stderr
+
+
+def test_generate_lossless_needs_a_sub_network(ifp: Run, word_model: Path) -> None:
+    outcome = ifp("generate", "hi", "--model", word_model, "--lossless", "--dense")
+    assert outcome.code == 2
+    assert "leave out --dense" in outcome.stderr
