@@ -22,6 +22,7 @@ from ifp_mlx.cli.terminal import plural, say, working
 from ifp_mlx.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:
+    from ifp_mlx.assistant import Assistant
     from ifp_mlx.server.http import Server
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -120,24 +121,28 @@ def serve(
     """
     tasks = parse_tasks(task or [])
     size = SubnetChoice(keep=keep, keep_units=keep_units)
-    assistant = load_assistant(
-        ModelChoice(model, adapter, no_adapter, selector, compensate, reuse, not no_cache)
-    )
+    choice = ModelChoice(model, adapter, no_adapter, selector, compensate, reuse, not no_cache)
 
+    from ifp_mlx.convert.registry import resolve_model
     from ifp_mlx.server.catalog import ModelCatalog
     from ifp_mlx.server.engine import Engine, EngineOptions
     from ifp_mlx.server.http import Limits, Server
     from ifp_mlx.server.requests import RequestDefaults
 
-    kept = num_kept_units(assistant, size)
-    catalog = ModelCatalog(assistant.model_path.name, tasks)
-    for name, description in tasks.items():  # selected now, so that no request waits for it
-        with working(f"selecting for {name}"):
-            subnet = assistant.subnetwork_for_task(description, kept)
-        say(f"{catalog.base_name}:{name}: {describe_subnetwork(subnet)}")
+    catalog = ModelCatalog(resolve_model(model).name, tasks)
+    limits = Limits(max_body_bytes, max_requests, time_limit)
+
+    def prepare() -> tuple[Assistant, int]:
+        assistant = load_assistant(choice)
+        kept = num_kept_units(assistant, size)
+        for name, description in tasks.items():  # now, so that no request waits for it
+            with working(f"selecting for {name}"):
+                subnet = assistant.subnetwork_for_task(description, kept)
+            say(f"{catalog.base_name}:{name}: {describe_subnetwork(subnet)}")
+        return assistant, kept
+
     engine = Engine(
-        assistant,
-        kept,
+        prepare,
         EngineOptions(
             decode_concurrency, decode_concurrency, prompt_cache_bytes=prompt_cache_bytes
         ),
@@ -148,8 +153,8 @@ def serve(
             port,
             engine=engine,
             catalog=catalog,
-            defaults=RequestDefaults(max_tokens, temp, assistant.context_length),
-            limits=Limits(max_body_bytes, max_requests, time_limit),
+            defaults=RequestDefaults(max_tokens, temp, engine.context_length),
+            limits=limits,
             api_key=api_key or None,
             on_log=say if verbose else lambda line: None,
         )

@@ -1,9 +1,11 @@
 """mlx-lm's generation thread, made to serve sub-networks."""
 
 import collections
+import concurrent.futures
 import dataclasses
 import hashlib
 import queue
+from collections.abc import Callable
 from typing import Any
 
 from jinja2 import TemplateError
@@ -22,6 +24,9 @@ from ifp_mlx.server.api_error import APIError
 from ifp_mlx.server.catalog import SubnetChoice
 from ifp_mlx.server.replies import Reply
 from ifp_mlx.server.requests import GenerationRequest, Sampling
+
+Prepare = Callable[[], tuple[Assistant, int]]
+"""Returns the assistant and how many units of each layer it keeps."""
 
 PENALTY_CONTEXT_SIZE = 20  # mlx-lm's default: penalties look at this many tokens
 MAX_KV_CACHES = 32
@@ -56,27 +61,41 @@ class EngineOptions:
 class SubNetworkProvider:
     """Stands where mlx-lm's server has its ``ModelProvider``: what it loads are sub-networks.
 
-    Only the generation thread calls its methods.
+    Only the generation thread calls its methods. It also makes the assistant there: an array that
+    another thread's stream has yet to compute cannot be computed here.
+
+    Args:
+        prepare: returns the assistant and K.
+        options: batching and memory.
 
     Attributes:
+        assistant: done when ``prepare`` is; holds its exception if it failed.
         subnet: the sub-network in use.
         model_key: of the KV caches: those of one set of units fit no other.
     """
 
-    def __init__(self, assistant: Assistant, num_kept_units: int, options: EngineOptions):
+    def __init__(self, prepare: Prepare, options: EngineOptions):
         self.cli_args = options
+        self.assistant: concurrent.futures.Future[Assistant] = concurrent.futures.Future()
         self.subnet: SubNetwork | None = None
         self.model: Any = None
         self.model_key: bytes | None = None
-        self.tokenizer = assistant.tokenizer
+        self.tokenizer: Any = None
         self.processor = None  # no images
         self.draft_model = None
         self.is_batchable = False
-        self._assistant = assistant
-        self._num_kept_units = num_kept_units
+        self._prepare = prepare
+        self._num_kept_units = 0
 
     def load_default(self) -> None:
-        """Do nothing: the first request says which sub-network it wants."""
+        """Make the assistant; called once, when the generation thread begins."""
+        try:
+            assistant, self._num_kept_units = self._prepare()
+        except BaseException as error:
+            self.assistant.set_exception(error)
+        else:
+            self.tokenizer = assistant.tokenizer
+            self.assistant.set_result(assistant)
 
     def load(self, choice: SubnetChoice, adapter: str, draft: str) -> tuple[Any, Any]:
         """Make a sub-network the one in use; return its model and the tokenizer.
@@ -84,12 +103,13 @@ class SubNetworkProvider:
         Raises:
             IFPError: it cannot be selected or cut.
         """
+        assistant = self.assistant.result()
         if choice.kind == "dense":
-            subnet = self._assistant.dense()
+            subnet = assistant.dense()
         elif choice.kind == "task":
-            subnet = self._assistant.subnetwork_for_task(choice.text, self._num_kept_units)
+            subnet = assistant.subnetwork_for_task(choice.text, self._num_kept_units)
         else:
-            subnet = self._assistant.subnetwork_for_prompt(choice.text, self._num_kept_units)
+            subnet = assistant.subnetwork_for_prompt(choice.text, self._num_kept_units)
         units = b"dense"
         if subnet.selection is not None:
             units = bytes(memoryview(subnet.selection.indices))  # type: ignore[arg-type]
@@ -145,19 +165,26 @@ class Engine:
     """Turns requests into replies, on one thread.
 
     Args:
-        assistant: the model and what selects its sub-networks.
-        num_kept_units: K.
+        prepare: called on that thread; returns the assistant and K.
         options: batching and memory.
+
+    Raises:
+        IFPError: whatever ``prepare`` raises.
     """
 
-    def __init__(self, assistant: Assistant, num_kept_units: int, options: EngineOptions):
-        self.context_length = assistant.context_length
-        self._tokenizer = assistant.tokenizer
-        self._provider = SubNetworkProvider(assistant, num_kept_units, options)
+    def __init__(self, prepare: Prepare, options: EngineOptions):
+        self._provider = SubNetworkProvider(prepare, options)
         caches = _KVCaches(MAX_KV_CACHES, options.prompt_cache_bytes)
         # It reads attributes and calls load: anything that has those will do.
         self._generator = ResponseGenerator(self._provider, caches)  # type: ignore[arg-type]
         self._generator.requests = _RequestQueue()
+        try:
+            assistant = self._provider.assistant.result()
+        except BaseException:
+            self.stop()
+            raise
+        self.context_length = assistant.context_length
+        self._tokenizer = assistant.tokenizer
 
     @property
     def is_healthy(self) -> bool:

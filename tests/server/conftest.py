@@ -10,7 +10,9 @@ from typing import Any
 import openai
 import pytest
 
+from ifp_mlx import checkpoint
 from ifp_mlx.assistant import Assistant
+from ifp_mlx.calibration import CalibrationExample, calibrate
 from ifp_mlx.conversation import SamplingOptions
 from ifp_mlx.server.catalog import ModelCatalog
 from ifp_mlx.server.engine import Engine, EngineOptions
@@ -43,12 +45,20 @@ class Running:
 def checkpoint_folder(
     tmp_path_factory: pytest.TempPathFactory, write_tiny_checkpoint: Callable[..., Path]
 ) -> Path:
-    return write_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+    folder = write_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+    (folder / "ifp").mkdir()
+    model, _ = checkpoint.load_model(folder)
+    examples = [CalibrationExample(range(9, 60), "code"), CalibrationExample(range(60, 99), "talk")]
+    calibrate(model, examples).save(folder / "ifp" / "calibration.safetensors")
+    return folder
 
 
 @pytest.fixture(scope="module")
 def engine(checkpoint_folder: Path) -> Iterator[Engine]:
-    engine = Engine(Assistant.load(checkpoint_folder), NUM_KEPT_UNITS, EngineOptions())
+    engine = Engine(
+        lambda: (Assistant.load(checkpoint_folder), NUM_KEPT_UNITS),
+        EngineOptions(),
+    )
     yield engine
     engine.stop()
 
