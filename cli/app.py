@@ -18,12 +18,14 @@ from ifp_mlx.cli import (
     convert,
     doctor,
     eval,
+    export,
     generate,
     overlap,
     prepare,
     pull,
     quantize,
     serve,
+    tasks,
 )
 from ifp_mlx.cli.terminal import complain
 from ifp_mlx.errors import IFPError, UsageError
@@ -71,8 +73,10 @@ app.command("pull")(pull.pull)
 app.command("chat")(chat.chat)
 app.command("generate")(generate.generate)
 app.add_typer(cache.app, name="cache")
+app.command("tasks")(tasks.tasks)
 app.command("convert")(convert.convert)
 app.command("quantize")(quantize.quantize)
+app.command("export")(export.export)
 app.command("prepare")(prepare.prepare)
 app.command("calibrate")(calibrate.calibrate)
 app.command("serve")(serve.serve)

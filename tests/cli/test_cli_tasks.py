@@ -1,0 +1,72 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Run = Callable[..., Any]
+TASKS = ("write words", "write a word", "count the number of 12345")
+
+
+@pytest.fixture
+def filled(ifp: Run, small_model: Path) -> Run:
+    """Return ``ifp`` with three cached tasks of one size and one of another."""
+    for task in TASKS:
+        assert ifp("cache", "add", task, "--model", small_model, "--keep-units", "64").code == 0
+    assert ifp("cache", "add", "other", "--model", small_model, "--keep-units", "128").code == 0
+    return ifp
+
+
+def test_tasks_groups_what_can_be_compared(filled: Run) -> None:
+    groups = json.loads(filled("tasks", "--json").stdout)
+    assert sorted((group["num_kept_units"], len(group["tasks"])) for group in groups) == [
+        (64, 3),
+        (128, 1),
+    ]
+    (group,) = [group for group in groups if group["num_kept_units"] == 64]
+    assert group["tasks"] == sorted(TASKS)
+    assert all(group["overlaps"][i][i] == 1 for i in range(3))
+
+
+def test_tasks_threshold_sets_the_size_of_families(filled: Run) -> None:
+    def num_families(threshold: str) -> int:
+        groups = json.loads(filled("tasks", "--threshold", threshold, "--json").stdout)
+        return sum(len(group["families"]) for group in groups)
+
+    assert num_families("0") == 2
+    assert num_families("1") == 4
+
+
+def test_tasks_shows_a_tree(filled: Run) -> None:
+    text = filled("tasks", "--threshold", "0").stdout
+    assert "small, prompt, 64 of 192 units" in text
+    assert "family 1, overlap 0." in text
+    for task in TASKS:
+        assert task in text
+
+
+def test_tasks_draws_a_picture(filled: Run, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "tasks.png"
+    assert filled("tasks", "--png", picture).code == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_tasks_of_an_empty_cache_says_how_to_add_one(ifp: Run, tmp_path: Path) -> None:
+    outcome = ifp("tasks")
+    assert outcome.code == 0
+    assert "ifp cache add" in outcome.stderr
+    assert json.loads(ifp("tasks", "--json").stdout) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("x.svg", "--png writes a .png file"), ("x.png", "no cached tasks to draw")]
+)
+def test_tasks_refuses_a_picture_it_cannot_draw(
+    ifp: Run, tmp_path: Path, name: str, part: str
+) -> None:
+    outcome = ifp("tasks", "--png", tmp_path / name)
+    assert outcome.code == 2
+    assert part in outcome.stderr
+    assert not (tmp_path / name).exists()
