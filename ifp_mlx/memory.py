@@ -250,9 +250,10 @@ def _computed_bytes(module: nn.Module, dtype: mx.Dtype) -> int:
 
 
 def _kv_token_bytes(config: dict[str, Any], dtype: mx.Dtype) -> int:
-    num_layers = int(config.get("num_hidden_layers") or config["n_layer"])
-    num_heads = int(config.get("num_attention_heads") or config["n_head"])
-    hidden_size = int(config.get("hidden_size") or config["n_embd"])
+    if config["model_type"] == "gpt2":  # other names, and every head has its own keys
+        return 2 * int(config["n_layer"]) * int(config["n_embd"]) * int(dtype.size)
+    num_layers, hidden_size = int(config["num_hidden_layers"]), int(config["hidden_size"])
+    num_heads = int(config["num_attention_heads"])
     num_kv_heads = int(config.get("num_key_value_heads") or num_heads)
     head_dim = int(config.get("head_dim") or hidden_size // num_heads)
     return 2 * num_layers * num_kv_heads * head_dim * int(dtype.size)
