@@ -8,6 +8,7 @@ import queue
 from collections.abc import Callable
 from typing import Any
 
+import mlx.core as mx
 from jinja2 import TemplateError
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 from mlx_lm.server import (
@@ -127,13 +128,25 @@ class SubNetworkProvider:
 
 
 class _KVCaches(LRUPromptCache):
-    """KV caches of earlier requests; always leaves a token to compute logits from.
+    """KV caches of earlier requests, with two faults of mlx-lm's (0.32.2) mended."""
 
-    mlx-lm's returns nothing to compute when a prompt is exactly what an earlier request ended with,
-    and its generation thread dies of that (0.32.2).
-    """
+    def insert_cache(
+        self, model: Any, tokens: list[int], prompt_cache: list[Any], **kind: Any
+    ) -> None:
+        """Keep a KV cache. Evaluates.
+
+        It comes as slices, yet to be taken, of what a whole batch had, and would hold all of that
+        in memory.
+        """
+        mx.eval([layer_cache.state for layer_cache in prompt_cache])
+        super().insert_cache(model, tokens, prompt_cache, **kind)
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
+        """Return the KV cache that goes furthest, and the rest of the tokens: at least one.
+
+        When a prompt is exactly what an earlier request ended with, mlx-lm leaves nothing to
+        compute logits from, and its generation thread dies of that.
+        """
         cache, rest = super().fetch_nearest_cache(model, tokens)
         if rest:
             return cache, rest

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import hypothesis.strategies as st
+import mlx.core as mx
 import pytest
 from hypothesis import given
 from mlx_lm.generate import TextStateMachine
@@ -106,14 +107,29 @@ def test_an_error_of_the_generation_thread_reaches_the_client() -> None:
         texts(reply_with(UsageError("too long")))
 
 
+def kv_cache(keys: mx.array) -> KVCache:
+    cache = KVCache()
+    cache.keys = cache.values = keys
+    cache.offset = keys.shape[2]
+    return cache
+
+
 def test_kv_caches_leave_a_token_to_compute() -> None:
     caches = _KVCaches(max_size=4)
-    kv = KVCache()
-    kv.offset = 3
-    caches.insert_cache(b"units", [1, 2, 3], [kv])
-    assert caches.fetch_nearest_cache(b"units", [1, 2, 3])[1] in ([3], [2, 3])
+    caches.insert_cache(b"units", [1, 2, 3], [kv_cache(mx.zeros((1, 2, 3, 4)))])
+    assert caches.fetch_nearest_cache(b"units", [1, 2, 3])[1] != []
     assert caches.fetch_nearest_cache(b"units", [1, 2, 3, 4])[1] == [4]
     assert caches.fetch_nearest_cache(b"other", [1, 2, 3])[1] == [1, 2, 3]
+
+
+def test_kv_caches_do_not_hold_the_batch_that_they_come_from() -> None:
+    caches = _KVCaches(max_size=4)
+    before_bytes = mx.get_active_memory()
+    batch = mx.ones((64, 2, 64, 64))  # 2 MB
+    mx.eval(batch)
+    caches.insert_cache(b"units", [1, 2, 3], [kv_cache(mx.contiguous(batch[:1, :, :3]))])
+    del batch
+    assert mx.get_active_memory() - before_bytes < 10_000
 
 
 def test_requests_for_one_sub_network_are_taken_together() -> None:
