@@ -28,7 +28,7 @@ from ifp_mlx.benchmarking.timing import Repeats
 Job = Callable[[int, Path], dict[str, Any]]
 
 BIG_PREDICTOR = "qwen2.5-0.5b"
-PAPER = (Workload(2048), Workload(4096))
+PAPER = (Workload(4096), Workload(2048))
 GROWTH = tuple(Workload(tokens, new_tokens=0) for tokens in (512, 1024, 8192))
 
 
