@@ -67,6 +67,21 @@ def chat(
             "sub-network, instead of going on from what the former one has read.",
         ),
     ] = False,
+    drift: Annotated[
+        float,
+        typer.Option(
+            "--drift",
+            metavar="OVERLAP",
+            min=0.0,
+            max=1.0,
+            help="Suggest /retask when a message selects units that have less than this in common "
+            "with the sub-network in use; 0 does not look. Costs one selection a message.",
+        ),
+    ] = 0.0,
+    auto_retask: Annotated[
+        bool,
+        typer.Option("--auto-retask", help="With --drift: reselect instead of suggesting it."),
+    ] = False,
     drop_oldest: Annotated[
         bool,
         typer.Option(
@@ -80,6 +95,8 @@ def chat(
     saved as it is sent; --resume continues. Messages can be piped in, one a line.
     """
     choice = SubnetChoice(task, keep, keep_units, dense)
+    if auto_retask and not drift:
+        raise UsageError("--auto-retask needs --drift OVERLAP, for example --drift 0.8")
     model_choice = ModelChoice(
         model, adapter, no_adapter, selector, compensate, reuse, not no_cache
     )
@@ -101,7 +118,7 @@ def chat(
             rebuilds_kv=rebuild_kv,
             num_draft_tokens=num_draft_tokens if lossless else None,
         )
-        _ChatLoop(conversation, drops_oldest=drop_oldest).run()
+        _ChatLoop(conversation, drops_oldest=drop_oldest, drift=drift, retasks=auto_retask).run()
 
 
 def _open_session(
@@ -126,12 +143,14 @@ def _open_session(
 class _ChatLoop:
     """Reads messages, shows answers, until the user leaves."""
 
-    def __init__(self, chat: Chat, *, drops_oldest: bool):
+    def __init__(self, chat: Chat, *, drops_oldest: bool, drift: float, retasks: bool):
         from ifp_mlx.cli.chat_commands import ChatCommands
         from ifp_mlx.home import sessions_folder
 
         self._chat = chat
         self._drops_oldest = drops_oldest
+        self._drift = drift
+        self._retasks = retasks
         self._commands: ChatCommands = ChatCommands(chat, sessions_folder(), _model_names)
         self._toolbar_line = ""
         self._reader: Reader = self._make_reader()
@@ -173,6 +192,7 @@ class _ChatLoop:
 
     def _answer(self, text: str) -> None:
         self._chat.prepare(text)
+        self._notice_drift(text)
         full = self._chat.context_full(text)
         if full is not None and not self._make_room(full):
             self._commands.draft = text
@@ -185,6 +205,20 @@ class _ChatLoop:
         self._say_statistics()
         if sys.stdin.isatty():
             say("")  # some air before the next prompt
+
+    def _notice_drift(self, text: str) -> None:
+        """Compare what the message would select with what is in use, from the second one on."""
+        if not self._drift or not self._chat.session.messages:
+            return
+        overlap = self._chat.overlap_with(text)
+        if overlap is None or overlap >= self._drift:
+            return
+        drifted = f"this message selects other units (overlap {overlap:.2f})"
+        if self._retasks:
+            say(drifted)
+            self._chat.reselect(text)
+        else:
+            say(f"{drifted}; /retask reselects, then /retry")
 
     def _make_room(self, full: ContextFull) -> bool:
         """Drop the oldest turns if the user wants that; return whether the message now fits."""

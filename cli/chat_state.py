@@ -172,18 +172,32 @@ class Chat:
         """Switch to a task; return the overlap with the former sub-network."""
         return self.change_subnetwork(dataclasses.replace(self._choice, task=task, dense=False))
 
-    def reselect(self) -> float | None:
+    def reselect(self, message: str | None = None) -> float | None:
         """Let the recent conversation select; return the overlap with the former sub-network.
+
+        Args:
+            message: what is about to be asked, which counts as recent.
 
         Raises:
             UsageError: nothing has been said yet.
         """
-        recent = self.session.messages[-_RETASK_MESSAGES:]
+        recent = [m["content"] for m in self.session.messages[-_RETASK_MESSAGES:]]
+        if message is not None:
+            recent.append(message)
         if not recent:
             raise UsageError("nothing has been said yet; /task TEXT names a task")
-        text = "\n\n".join(message["content"] for message in recent)
         choice = dataclasses.replace(self._choice, task=None, dense=False)
-        return self.change_subnetwork(choice, text)
+        return self.change_subnetwork(choice, "\n\n".join(recent))
+
+    def overlap_with(self, message: str) -> float | None:
+        """Return how much the units that a message selects have in common with those in use.
+
+        None for the whole model, which every message fits.
+        """
+        if self.subnet is None or self.subnet.selection is None:
+            return None
+        selected = self.assistant.select_for(message, self.subnet.num_kept_units)
+        return mean_overlap(self.subnet.selection, selected)
 
     def change_keep(self, keep: float | None, keep_units: int | None) -> float | None:
         """Keep another amount of units; return the overlap with the former sub-network."""

@@ -233,3 +233,26 @@ def test_chat_lossless_says_what_the_dense_model_says(ifp: Run, small_model: Pat
     checked = ifp(*arguments, "--lossless", stdin=script)
     assert checked.code == 0, checked.stderr
     assert checked.stdout == dense.stdout
+
+
+def test_chat_drift_suggests_to_reselect(ifp: Run, small_model: Path) -> None:
+    arguments = ("chat", "--model", small_model, "-m", "3", "--task", "write words", "--no-save")
+    script = "hello\n0123456789 9876543210\n"
+    suggested = ifp(*arguments, "--drift", "1", stdin=script)
+    assert suggested.stderr.count("this message selects other units (overlap 0.") == 1
+    assert "/retask reselects" in suggested.stderr
+    silent = ifp(*arguments, "--drift", "0.01", stdin=script)
+    assert "other units" not in silent.stderr
+
+
+def test_chat_auto_retask_reselects(ifp: Run, small_model: Path) -> None:
+    arguments = ("chat", "--model", small_model, "-m", "3", "--task", "write words", "--no-save")
+    outcome = ifp(*arguments, "--drift", "1", "--auto-retask", stdin="hello\n0123 9876\n")
+    assert "this message selects other units (overlap 0." in outcome.stderr
+    assert "selected 128 of 192 FFN units for this prompt" in outcome.stderr
+
+
+def test_chat_auto_retask_needs_drift(ifp: Run) -> None:
+    outcome = ifp("chat", "--auto-retask")
+    assert outcome.code == 2
+    assert "--auto-retask needs --drift" in outcome.stderr
