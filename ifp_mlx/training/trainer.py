@@ -97,7 +97,7 @@ class Trainer:
     @property
     def prior(self) -> mx.array | None:
         """The (L, F) scores of the static mask."""
-        return None if self._warm_start is None else self._warm_start.head.prior
+        return None if self._warm_start is None else self._warm_start.prior
 
     def run(self, *, resume: bool = False) -> TrainedModel:
         """Train to the end, or from the last checkpoint on, and return the result. Evaluates.

@@ -35,6 +35,7 @@ class WarmStart:
     """What the predictor knows before the model is trained.
 
     Attributes:
+        prior: (L, F) float32, the mean of the targets: the static mask's scores.
         head: the predictor's head; at the prior when there were no regression steps.
         features: (N, 2 D) float32 of the instructions of ``example_ids``.
         example_ids: (N,) ascending.
@@ -44,6 +45,7 @@ class WarmStart:
         agreement: K -> share of the held-out examples' top K units that head and prior find.
     """
 
+    prior: mx.array
     head: PredictorHead
     features: npt.NDArray[np.float32]
     example_ids: npt.NDArray[np.int64]
@@ -78,7 +80,8 @@ class WarmStart:
     def save(self, folder: Path) -> None:
         """Write everything to a folder, whole or not at all."""
         with staged_directory(folder, overwrite=True) as staging:
-            arrays = {f"head.{name}": value for name, value in trainable(self.head).items()}
+            arrays = {"prior": self.prior}
+            arrays |= {f"head.{name}": value for name, value in trainable(self.head).items()}
             for name, rows in self.description_features.items():
                 arrays[f"description.{name}"] = mx.array(rows)
             mx.save_safetensors(str(staging / "head.safetensors"), arrays)
@@ -105,6 +108,7 @@ class WarmStart:
                 [(name[5:], value) for name, value in arrays.items() if name.startswith("head.")]
             )
             return cls(
+                prior=arrays["prior"],
                 head=head,
                 features=np.load(folder / "features.npy", mmap_mode="r"),
                 example_ids=np.load(folder / "example_ids.npy"),
@@ -160,6 +164,7 @@ def make_warm_start(
     }
     prior = mx.array(importance.astype(np.float32).mean(axis=0))
     result = WarmStart(
+        prior=prior,
         head=PredictorHead(features.shape[1], prior),
         features=features,
         example_ids=example_ids,
@@ -286,10 +291,9 @@ def _fit(
     if held_out:
         features = mx.array(start.features_of(start.target_ids[num_fitted:]))
         truth = targets[num_fitted:].astype(mx.float32)
-        prior = mx.array(start.targets[:num_fitted].astype(np.float32).mean(axis=0))
         for keep in keep_units:
             wanted = top_k_mask(truth, keep)
-            for name, scores in (("head", head(features)), ("prior", prior[None])):
+            for name, scores in (("head", head(features)), ("prior", start.prior[None])):
                 found = (top_k_mask(scores, keep) * wanted).sum(axis=-1) / keep
                 start.agreement[f"{name}@{keep}"] = found.mean().item()
         progress({"phase": "warm start", "agreement": start.agreement})
