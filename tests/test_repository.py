@@ -1,0 +1,53 @@
+"""The repository keeps its own promises: links, lists, imports, what the package ships."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ifp_mlx.cli
+import ifp_mlx.convert
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", ["cli", "convert"])
+def test_root_folders_are_linked_into_the_package(name: str) -> None:
+    link = ROOT / "ifp_mlx" / name
+    assert link.is_symlink()
+    assert link.resolve() == ROOT / name
+
+
+def test_linked_packages_have_one_import_name() -> None:
+    assert Path(ifp_mlx.cli.__file__).resolve() == ROOT / "cli" / "__init__.py"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import cli"
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT)],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        check=False,
+    )
+    assert run.returncode == 1
+    assert "import ifp_mlx.cli, not cli" in run.stderr
+
+
+def test_list_of_files_in_the_readme_is_current() -> None:
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "docs" / "make_files.py"), "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_no_module_is_longer_than_a_reader_takes_in() -> None:
+    long = {
+        str(path.relative_to(ROOT)): length
+        for folder in ("ifp_mlx", "convert", "cli", "tests")
+        for path in (ROOT / folder).rglob("*.py")
+        if (length := len(path.read_text(encoding="utf-8").splitlines())) > 450
+    }
+    assert long == {}
