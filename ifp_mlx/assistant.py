@@ -26,7 +26,7 @@ from ifp_mlx.base_model import (
 from ifp_mlx.calibration import Calibration
 from ifp_mlx.config import round_keep_ratio
 from ifp_mlx.conversation import Conversation, KVCacheOptions, Message
-from ifp_mlx.errors import CheckpointError, ResourceError, UsageError
+from ifp_mlx.errors import CheckpointError, ResourceError, SelectionError, UsageError
 from ifp_mlx.selection import (
     BlendSelector,
     PredictorSelector,
@@ -282,6 +282,19 @@ class Assistant:
             return self.dense()
         selection, selection_s = self._select(text, num_kept_units)
         return self._cut(selection, selection_s=selection_s)
+
+    def subnetwork_of(self, selection: Selection) -> SubNetwork:
+        """Return the sub-network of units that were selected elsewhere. Evaluates.
+
+        Raises:
+            SelectionError: the selection does not fit this model.
+        """
+        if selection.num_layers != self.num_layers or selection.num_units != self.num_units:
+            raise SelectionError(
+                f"the selection is for {selection.num_layers} layers of {selection.num_units} "
+                f"units, the model has {self.num_layers} of {self.num_units}"
+            )
+        return dataclasses.replace(self._cut(selection), selector=selection.selector)
 
     def select_for(self, text: str, num_kept_units: int) -> Selection:
         """Return the units that a text selects, without slicing or caching. Evaluates."""

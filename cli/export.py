@@ -1,0 +1,234 @@
+"""``ifp export``: a sub-network becomes an ordinary checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ifp_mlx.cli import options
+from ifp_mlx.cli.convert import DtypeName, dtype_named
+from ifp_mlx.cli.loading import (
+    ModelChoice,
+    SubnetChoice,
+    choose_subnetwork,
+    describe_subnetwork,
+    load_assistant,
+)
+from ifp_mlx.cli.progress import bytes_progress
+from ifp_mlx.cli.quantize import Mode
+from ifp_mlx.cli.terminal import gigabytes, print_json, say, working
+from ifp_mlx.errors import UsageError
+
+if TYPE_CHECKING:
+    from ifp_mlx.assistant import Assistant, SubNetwork
+    from ifp_mlx.convert.model_card import MeasuredQuality
+    from ifp_mlx.convert.quantize import Quantization
+
+_FORM = "Written form"
+
+
+def export(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The folder to create.", show_default=False)
+    ],
+    task: options.Task = None,
+    selection: Annotated[
+        Path | None,
+        typer.Option(
+            "--selection",
+            metavar="FILE",
+            help="Take the units of a selection file, such as ifp/selection.safetensors of an "
+            "exported model.",
+            rich_help_panel="Sub-network",
+        ),
+    ] = None,
+    keep: options.Keep = None,
+    keep_units: options.KeepUnits = None,
+    selector: options.Selector = "auto",
+    compensate: options.Compensate = False,
+    model: options.Model = options.DEFAULT_MODEL,
+    adapter: options.Adapter = None,
+    no_adapter: options.NoAdapter = False,
+    quantize: Annotated[
+        int | None,
+        typer.Option(
+            "--quantize",
+            "--q-bits",
+            metavar="BITS",
+            help="Quantize the sliced weights to this many bits.",
+            show_default="no",
+            rich_help_panel=_FORM,
+        ),
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            "--group-size",
+            "--q-group-size",
+            help="Weights that share a scale.",
+            show_default="64",
+            rich_help_panel=_FORM,
+        ),
+    ] = None,
+    mode: Annotated[
+        Mode | None,
+        typer.Option(
+            "--mode",
+            "--q-mode",
+            help="Quantize in this number format.",
+            show_default="affine",
+            rich_help_panel=_FORM,
+        ),
+    ] = None,
+    dequantize: Annotated[
+        bool,
+        typer.Option(
+            "--dequantize",
+            help="Write packed weights as plain ones, which transformers can read.",
+            rich_help_panel=_FORM,
+        ),
+    ] = False,
+    dtype: Annotated[
+        DtypeName | None,
+        typer.Option(
+            help="Floating type to write.",
+            show_default="the one computed in",
+            rich_help_panel=_FORM,
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="FOLDER",
+            help="Held-out text, as for ifp eval: measure the sub-network on it and say so in the "
+            "model card.",
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", help="Examples of each domain to measure.")] = 20,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the output folder if it exists.")
+    ] = False,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON on standard output.")
+    ] = False,
+) -> None:
+    """Write a sub-network as a model folder of its own, which needs nothing of ifp.
+
+    It loads in mlx-lm, and in transformers unless its weights are packed.
+    """
+    if (task is None) == (selection is None):
+        raise UsageError("give --task or --selection, one of them")
+    if output.exists() and not force:
+        raise UsageError(f"{output} exists already; choose another name or pass --force")
+    quantization = _quantization(quantize, group_size, mode, dequantize=dequantize)
+    choice = SubnetChoice(task=task, keep=keep, keep_units=keep_units)
+    assistant = load_assistant(
+        ModelChoice(
+            model=model,
+            adapter=adapter,
+            no_adapter=no_adapter,
+            selector=selector,
+            compensate=compensate,
+        )
+    )
+    subnet = _subnetwork(assistant, choice, selection)
+    if subnet.selection is None:
+        raise UsageError("all units are kept: that is the model itself; ifp quantize copies it")
+    say(describe_subnetwork(subnet))
+
+    from ifp_mlx.convert.export import export_checkpoint
+    from ifp_mlx.convert.model_card import ModelCard
+    from ifp_mlx.origin import read_origin
+
+    origin = read_origin(assistant.model_path)
+    card = ModelCard(
+        base_model=origin.base_model,
+        licence=origin.licence,
+        task=task,
+        selector=subnet.selector,
+        num_kept_units=subnet.num_kept_units,
+        num_units=subnet.num_units,
+        num_layers=subnet.selection.num_layers,
+        active_parameters=subnet.active_parameters,
+        total_parameters=subnet.total_parameters,
+        compensated=compensate,
+        requantization_error=subnet.requantization_error,
+        quality=_measure(assistant, subnet, data, limit) if data is not None else {},
+    )
+    with bytes_progress() as progress:
+        made = export_checkpoint(
+            subnet.model,
+            subnet.selection,
+            assistant.model_path,
+            output,
+            card,
+            quantization=quantization,
+            dequantize=dequantize,
+            dtype=dtype_named(dtype),
+            overwrite=force,
+            progress=progress,
+        )
+    if json_output:
+        print_json(
+            {
+                "path": str(made.path),
+                "num_bytes": made.num_bytes,
+                "is_plain": made.is_plain,
+                "selector": subnet.selector,
+                "num_kept_units": subnet.num_kept_units,
+                "num_units": subnet.num_units,
+                "active_parameters": subnet.active_parameters,
+                "total_parameters": subnet.total_parameters,
+            }
+        )
+        return
+    say(f"{made.path}: {gigabytes(made.num_bytes)}, intermediate_size {subnet.num_kept_units}")
+    if not made.is_plain:
+        say("its weights are packed, for mlx-lm; --dequantize writes them for transformers")
+
+
+def _quantization(
+    bits: int | None, group_size: int | None, mode: Mode | None, *, dequantize: bool
+) -> Quantization | None:
+    if bits is None and mode is None:
+        if group_size is not None:
+            raise UsageError("--group-size needs --quantize BITS or --mode")
+        return None
+    if dequantize:
+        raise UsageError("--dequantize and --quantize exclude each other; give one")
+    from ifp_mlx.convert.quantize import make_quantization
+
+    return make_quantization(bits=bits, group_size=group_size, mode=mode or "affine")
+
+
+def _subnetwork(assistant: Assistant, choice: SubnetChoice, file: Path | None) -> SubNetwork:
+    if file is None:
+        return choose_subnetwork(assistant, choice, "")
+    if choice.keep is not None or choice.keep_units is not None:
+        raise UsageError("--selection says how many units; leave out --keep and --keep-units")
+    from ifp_mlx.selection import Selection
+
+    return assistant.subnetwork_of(Selection.load(file)[0])
+
+
+def _measure(
+    assistant: Assistant, subnet: SubNetwork, data: Path, limit: int
+) -> dict[str, MeasuredQuality]:
+    """Return the cross-entropy of the dense model and of the sub-network on held-out text."""
+    from ifp_mlx.convert.model_card import MeasuredQuality
+    from ifp_mlx.evaluation.quality import evaluate, load_held_out
+
+    domains = load_held_out(data, assistant.tokenizer, limit)
+    examples = [example for domain in domains.values() for example in domain]
+    with working(f"measuring on {len(examples)} examples"):
+        dense = evaluate(assistant.dense().model, examples, lambda batch: None)
+        compact = evaluate(subnet.model, examples, lambda batch: None)
+    return {
+        domain: MeasuredQuality(
+            dense[domain].cross_entropy, compact[domain].cross_entropy, dense[domain].num_tokens
+        )
+        for domain in dense
+    }

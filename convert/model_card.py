@@ -1,0 +1,110 @@
+"""The README.md of an exported sub-network."""
+
+import dataclasses
+from collections.abc import Mapping
+
+_UNKNOWN = "unknown; see the base model"
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredQuality:
+    """Cross-entropy on one domain of held-out text, nats a token."""
+
+    dense: float
+    compact: float
+    num_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCard:
+    """What is said about an exported sub-network.
+
+    Attributes:
+        base_model: hub id of the dense model; None if it is not known.
+        licence: of the base model's weights.
+        task: the description that selected the units; None for a selection file.
+        selector: what selected them.
+        num_kept_units: K.
+        num_units: F.
+        num_layers: L.
+        active_parameters: of the sub-network.
+        total_parameters: of the dense model.
+        compensated: the removed units' mean contribution is in the biases.
+        requantization_error: relative error of packed down projections, 0 if they are exact.
+        quality: domain -> cross-entropy, where it was measured.
+    """
+
+    base_model: str | None
+    licence: str | None
+    task: str | None
+    selector: str
+    num_kept_units: int
+    num_units: int
+    num_layers: int
+    active_parameters: int
+    total_parameters: int
+    compensated: bool = False
+    requantization_error: float = 0.0
+    quality: Mapping[str, MeasuredQuality] = dataclasses.field(default_factory=dict)
+
+    def text(self, name: str) -> str:
+        """Return the card as Markdown, with the metadata that model hubs read at its top."""
+        head = ["---", "library_name: mlx", "pipeline_tag: text-generation"]
+        head += [f"license: {self.licence}"] if self.licence else []
+        head += [f"base_model: {self.base_model}"] if self.base_model else []
+        head += ["tags:", "- mlx", "- instruction-following-pruning", "---"]
+        purpose = (
+            f"The units were selected for this task:\n\n> {' '.join(self.task.split())}"
+            if self.task
+            else "The units come from a selection file."
+        )
+        facts = {
+            "Base model": self.base_model or "unknown",
+            "Licence": self.licence or _UNKNOWN,
+            "FFN units kept": f"{self.num_kept_units} of {self.num_units} in each of "
+            f"{self.num_layers} layers",
+            "Selector": self.selector,
+            "Parameters": f"{self.active_parameters:,} of {self.total_parameters:,}",
+        }
+        if self.compensated:
+            facts["Bias compensation"] = "yes: mean contribution of the removed units"
+        if self.requantization_error:
+            facts["Down projections quantized again"] = (
+                f"relative error {self.requantization_error:.2e}"
+            )
+        table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items())]
+        return "\n".join(
+            [
+                *head,
+                "",
+                f"# {name}",
+                "",
+                "A sub-network of a larger language model, cut out with Instruction-Following "
+                "Pruning: an ordinary dense model of the same architecture with a smaller "
+                "`intermediate_size`.",
+                "",
+                purpose,
+                "",
+                *table,
+                "",
+                "## Measured quality",
+                "",
+                *self._quality_lines(),
+                "",
+            ]
+        )
+
+    def _quality_lines(self) -> list[str]:
+        if not self.quality:
+            return ["Not measured. For text outside its task expect worse answers than the base's."]
+        rows = [
+            f"| {domain} | {value.dense:.3f} | {value.compact:.3f} | {value.num_tokens:,} |"
+            for domain, value in sorted(self.quality.items())
+        ]
+        return [
+            "Cross-entropy on held-out text, nats a token, lower is better.",
+            "",
+            "| domain | base model | this model | tokens |",
+            "|---|---|---|---|",
+            *rows,
+        ]
