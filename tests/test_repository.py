@@ -41,13 +41,3 @@ def test_list_of_files_in_the_readme_is_current() -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr
-
-
-def test_no_module_is_longer_than_a_reader_takes_in() -> None:
-    long = {
-        str(path.relative_to(ROOT)): length
-        for folder in ("ifp_mlx", "convert", "cli", "tests")
-        for path in (ROOT / folder).rglob("*.py")
-        if (length := len(path.read_text(encoding="utf-8").splitlines())) > 450
-    }
-    assert long == {}
