@@ -4,6 +4,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
 from ifp_mlx import ffn
 from ifp_mlx.errors import TrainingError
@@ -22,6 +23,8 @@ class MaskedModel:
 
     def __init__(self, model: nn.Module, config: TrainingConfig):
         self.dtype = mx.bfloat16 if config.compute_dtype == "bfloat16" else mx.float32
+        self._base = model
+        self._lora_scale = config.lora.scale
         module = ffn.clone_module(model)
         if config.lora.rank:
             _add_lora(module, config)
@@ -61,8 +64,21 @@ class MaskedModel:
         return self.layout.split(weights.astype(self.dtype))
 
     def plain_weights(self, weights: mx.array) -> dict[str, mx.array]:
-        """Return name -> float32 tensor, named as in the model before it was wrapped."""
-        return self._plain_layout.named(weights)
+        """Return name -> float32 tensor, named as in the base model.
+
+        Low-rank factors are multiplied out and added to the weight that they belong to.
+        """
+        named = self._plain_layout.named(weights)
+        base = dict(tree_flatten(self._base.parameters()))
+        plain: dict[str, mx.array] = {}
+        for name, tensor in named.items():
+            layer, _, leaf = name.rpartition(".")
+            if leaf == "lora_a":
+                change = self._lora_scale * (tensor @ named[f"{layer}.lora_b"]).T
+                plain[f"{layer}.weight"] = base[f"{layer}.weight"].astype(mx.float32) + change
+            elif leaf != "lora_b":
+                plain[name] = tensor
+        return plain
 
 
 def _add_lora(module: nn.Module, config: TrainingConfig) -> None:
@@ -71,6 +87,15 @@ def _add_lora(module: nn.Module, config: TrainingConfig) -> None:
     module.freeze()
     options = {"rank": config.lora.rank, "scale": config.lora.scale, "dropout": 0.0}
     linear_to_lora_layers(module, len(module.layers), options)
+    # Drawn again from the run's seed: mlx-lm draws from the global generator.
+    key = mx.random.key(config.seed)
+    for name, factor in sorted(trainable(module).items()):
+        if name.endswith(".lora_a"):
+            key, draw = mx.random.split(key)
+            bound = factor.shape[0] ** -0.5
+            module.update(
+                tree_unflatten([(name, mx.random.uniform(-bound, bound, factor.shape, key=draw))])
+            )
 
 
 def _embedding_name(module: Any) -> str:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from ifp_mlx import ffn
 from ifp_mlx.errors import TrainingError
 from ifp_mlx.masking import top_k_mask
-from ifp_mlx.predictor import PredictorHead
+from ifp_mlx.predictor import PredictorHead, reader_features
 from ifp_mlx.training.config import TrainingConfig
 from ifp_mlx.training.examples import ExampleSet
 from ifp_mlx.training.losses import distillation_loss, target_logits, weighted_cross_entropy
@@ -79,6 +79,8 @@ class Trainer:
         self.state = AdamW.start(self.masked.initial)
         self.step_number = 0
         self.predictor: PredictorTrainer | None = None
+        self._base = model
+        self._reader: nn.Module | None = None
         self._warm_start = warm_start
         self._report = report
         self._evaluate = evaluate
@@ -227,6 +229,13 @@ class Trainer:
     def model_for_evaluation(self) -> nn.Module:
         """Return the model, with maskable units, in the compute dtype at the current weights."""
         return self.masked.set(self.masked.cast(self.state.weights), None)
+
+    def reader_features(self, token_ids: mx.array, lengths: mx.array) -> mx.array:
+        """Return the predictor's (B, 2 D) features of instructions outside the training text."""
+        if self._reader is None:
+            self._reader = ffn.clone_module(self._base)
+            self._reader.set_dtype(self.masked.dtype)
+        return reader_features(self._reader, token_ids, lengths)
 
     def checkpoint(self) -> None:
         """Write everything that a resumed run needs."""
