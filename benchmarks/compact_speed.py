@@ -4,12 +4,15 @@
 
 Plain and quantized at 4 bits, decode (a token at a time) and prefill. The two models take turns
 in one process, each going first in every other turn; a ratio is that of the medians, and above 1
-the compact model is slower. Ends with one JSON line.
+the compact model is slower. On a CPU that other programs use too, ``--cpu-time`` counts the seconds
+of this process's own threads instead of the clock's (with OPENBLAS_NUM_THREADS=1, because waiting
+threads count). Ends with one JSON line.
 """
 
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Callable
 
 from ifp_mlx.blas import prefer_openblas
@@ -52,14 +55,17 @@ def make_prefill(model: nn.Module, num_tokens: int) -> Callable[[], mx.array]:
 
 
 def compare(
-    ours: Callable[[], mx.array], theirs: Callable[[], mx.array], repeats: int
+    ours: Callable[[], mx.array], theirs: Callable[[], mx.array], repeats: int, cpu_time: bool
 ) -> dict[str, float]:
     """Return medians in seconds and their ratio."""
     seconds: tuple[list[float], list[float]] = ([], [])
     works = (ours, theirs)
     for turn in range(repeats + 2):
         for which in (0, 1) if turn % 2 else (1, 0):
+            start = time.process_time()
             took = measure(works[which])[0]
+            if cpu_time:
+                took = time.process_time() - start
             if turn >= 2:
                 seconds[which].append(took)
     medians = [statistics.median(values) for values in seconds]
@@ -82,6 +88,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--prefill-tokens", type=int, default=256)
     parser.add_argument("--quantized-prefill-tokens", type=int, default=8)
+    parser.add_argument("--cpu-time", action="store_true")
     options = parser.parse_args()
     shape = find_shape(options.shape, options.keep_units)
     config = {**shape.config, "num_hidden_layers": options.layers, "vocab_size": 4096}
@@ -108,7 +115,7 @@ def main() -> None:
             ),
         }
         for name, (ours, theirs) in works.items():
-            row = compare(ours, theirs, options.repeats)
+            row = compare(ours, theirs, options.repeats, options.cpu_time)
             rows[name] = row
             print(
                 f"{name:28} {row['compact_s'] * 1e3:11.2f} {row['direct_s'] * 1e3:11.2f} "

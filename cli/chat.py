@@ -37,6 +37,7 @@ def chat(
     compensate: options.Compensate = False,
     reuse: options.Reuse = 0.0,
     no_cache: options.NoCache = False,
+    force: options.Force = False,
     lossless: options.Lossless = False,
     num_draft_tokens: options.NumDraftTokens = 4,
     model: options.Model = options.DEFAULT_MODEL,
@@ -98,7 +99,7 @@ def chat(
     if auto_retask and not drift:
         raise UsageError("--auto-retask needs --drift OVERLAP, for example --drift 0.8")
     model_choice = ModelChoice(
-        model, adapter, no_adapter, selector, compensate, reuse, not no_cache
+        model, adapter, no_adapter, selector, compensate, reuse, not no_cache, force
     )
 
     from ifp_mlx.cli.chat_state import Chat

@@ -37,6 +37,7 @@ def generate(
     compensate: options.Compensate = False,
     reuse: options.Reuse = 0.0,
     no_cache: options.NoCache = False,
+    force: options.Force = False,
     lossless: options.Lossless = False,
     num_draft_tokens: options.NumDraftTokens = 4,
     model: options.Model = options.DEFAULT_MODEL,
@@ -91,7 +92,7 @@ def generate(
         )
     text = read_prompt(prompt)
     assistant = load_assistant(
-        ModelChoice(model, adapter, no_adapter, selector, compensate, reuse, not no_cache)
+        ModelChoice(model, adapter, no_adapter, selector, compensate, reuse, not no_cache, force)
     )
 
     from ifp_mlx.conversation import Conversation, KVCacheOptions, SamplingOptions

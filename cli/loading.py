@@ -27,6 +27,7 @@ class ModelChoice:
     compensate: bool = False
     reuse: float = 0.0
     use_cache: bool = True
+    force: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,7 @@ def load_assistant(choice: ModelChoice) -> Assistant:
             compensate=choice.compensate,
             cache=cache,
             reuse_threshold=choice.reuse,
+            force=choice.force,
             on_warning=say,
         )
 
@@ -116,6 +118,9 @@ def describe_subnetwork(subnet: SubNetwork) -> str:
             f"{amount}, {subnet.selector}"
         )
     times = f"sliced in {duration(subnet.slicing_s)}"
+    if subnet.requantization_error:
+        # Columns of a quantized down projection cannot be gathered: they were rounded again.
+        times += f", down projections at 8 bits (error {subnet.requantization_error:.2%})"
     if subnet.from_cache:
         return f"cache hit {purpose}: {amount}, {subnet.selector}, {times}"
     selected = f"selected in {duration(subnet.selection_s)}"

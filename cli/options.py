@@ -84,6 +84,10 @@ Reuse = Annotated[
         "overlap by at least this much; 0 turns it off.",
     ),
 ]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Load the sub-network even if it is predicted not to fit."),
+]
 NoCache = Annotated[
     bool,
     typer.Option("--no-cache", help="Neither read nor write the sub-network cache."),

@@ -47,6 +47,7 @@ def serve(
     compensate: options.Compensate = False,
     reuse: options.Reuse = 0.0,
     no_cache: options.NoCache = False,
+    force: options.Force = False,
     host: Annotated[
         str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")
     ] = "127.0.0.1",
@@ -121,7 +122,9 @@ def serve(
     """
     tasks = parse_tasks(task or [])
     size = SubnetChoice(keep=keep, keep_units=keep_units)
-    choice = ModelChoice(model, adapter, no_adapter, selector, compensate, reuse, not no_cache)
+    choice = ModelChoice(
+        model, adapter, no_adapter, selector, compensate, reuse, not no_cache, force
+    )
 
     from ifp_mlx.convert.registry import resolve_model
     from ifp_mlx.server.catalog import ModelCatalog
