@@ -66,7 +66,7 @@ def main() -> int:
         "seconds": args.seconds,
         "max_tokens": args.max_tokens,
         "outcomes": dict(outcome.counts),
-        "requests_per_s": round(len(outcome.latencies_s) / args.seconds, 2),
+        "requests_per_s": round(len(outcome.latencies_s) / outcome.elapsed_s, 2),
         "latency_p50_s": percentile(outcome.latencies_s, 0.5),
         "latency_p95_s": percentile(outcome.latencies_s, 0.95),
         "rss_mb": [round(value / 1e6, 1) for value in memory],
@@ -127,11 +127,13 @@ class Load:
     Attributes:
         counts: outcomes by kind: ``right``, ``wrong``, ``HTTP 429``, the name of an exception.
         latencies_s: of the requests that were answered.
+        elapsed_s: until the last answer; none is begun when the time is up.
     """
 
     def __init__(self, url: str, expected: dict[Question, str], max_tokens: int):
         self.counts: collections.Counter[str] = collections.Counter()
         self.latencies_s: list[float] = []
+        self.elapsed_s = 0.0
         self._url = url
         self._expected = expected
         self._max_tokens = max_tokens
@@ -139,7 +141,8 @@ class Load:
 
     def run(self, num_clients: int, seconds: float, server_pid: int) -> list[int]:
         """Return the server's resident bytes, once a second."""
-        deadline = time.monotonic() + seconds
+        start = time.monotonic()
+        deadline = start + seconds
         clients = [
             threading.Thread(target=self._be_a_client, args=(number, deadline))
             for number in range(num_clients)
@@ -152,6 +155,7 @@ class Load:
             time.sleep(1)
         for client in clients:
             client.join()
+        self.elapsed_s = time.monotonic() - start
         return memory
 
     def _be_a_client(self, number: int, deadline: float) -> None:
