@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check types lint imports unit clean
+.PHONY: demo test types lint imports unit torch clean
 
 demo: $(VENV)/.installed
 	$(BIN)/ifp pull smollm2-135m
@@ -25,6 +25,9 @@ imports: $(VENV)/.installed-dev
 
 unit: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q
+
+torch: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --group parity
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
