@@ -89,7 +89,7 @@ def open_base_model(
     stored, _ = checkpoint.load_model(path, lazy=True)
     dtype = checkpoint.automatic_dtype(stored)
     sizes = memory.checkpoint_sizes(path, dtype)
-    dense_bytes = sizes.shared_bytes + sizes.num_units * sizes.unit_bytes
+    dense_bytes = sizes.shared_bytes + sizes.num_units * sizes.dense_unit_bytes
     if dense_bytes <= KEPT_SHARE_OF_MEMORY * memory.usable_memory_bytes():
         model, config = checkpoint.load_model(path, dtype)
         return KeptModel(model, config, on_warning)

@@ -70,7 +70,8 @@ class CheckpointSizes:
         hidden_size: D.
         shared_bytes: everything outside the FFNs, in the type that is computed in.
         largest_shared_bytes: of one such array, as it is stored.
-        unit_bytes: one FFN unit in all layers, in the compact model.
+        unit_bytes: one FFN unit in all layers, in a compact model.
+        dense_unit_bytes: the same in the dense model, with down projections as they are stored.
         stored_unit_bytes: one FFN unit of one layer, as it is stored.
         layer_bytes: one dense layer, as it is stored and, if that differs, as it is computed.
         item_bytes: of a number that is computed with.
@@ -85,6 +86,7 @@ class CheckpointSizes:
     shared_bytes: int
     largest_shared_bytes: int
     unit_bytes: int
+    dense_unit_bytes: int
     stored_unit_bytes: int
     layer_bytes: int
     item_bytes: int
@@ -104,8 +106,10 @@ class CheckpointSizes:
         prefill = tokens * (3 * num_kept_units + 4 * self.hidden_size) * self.item_bytes
         if mx.default_device() == mx.cpu:  # where attention scores exist in memory
             prefill += 2 * self.num_heads * tokens * context * self.item_bytes
+        is_dense = num_kept_units == self.num_units
+        unit_bytes = self.dense_unit_bytes if is_dense else self.unit_bytes
         return MemoryPrediction(
-            weights_bytes=self.shared_bytes + num_kept_units * self.unit_bytes,
+            weights_bytes=self.shared_bytes + num_kept_units * unit_bytes,
             kv_cache_bytes=context * self.kv_token_bytes,
             working_set_bytes=max(loading, self.largest_shared_bytes, self.layer_bytes, prefill),
         )
@@ -164,6 +168,7 @@ def checkpoint_sizes(
         shared_bytes=measure(stored) - ffn_computed,
         largest_shared_bytes=max(array.nbytes for array in outside if id(array) not in inside),
         unit_bytes=unit_bytes,
+        dense_unit_bytes=ffn_computed // num_units,
         stored_unit_bytes=max(ffn_bytes) // num_units,
         layer_bytes=max(layers)
         + (0 if dtype is None else max(_computed_bytes(layer, dtype) for layer in stored.layers)),
