@@ -35,8 +35,9 @@ def chat(
     selector: options.Selector = "auto",
     dense: options.Dense = False,
     compensate: options.Compensate = False,
-    reuse: options.Reuse = 0.0,
+    reuse: options.Reuse = None,
     no_cache: options.NoCache = False,
+    exact_down: options.ExactDown = False,
     force: options.Force = False,
     lossless: options.Lossless = False,
     num_draft_tokens: options.NumDraftTokens = 4,
@@ -99,7 +100,7 @@ def chat(
     if auto_retask and not drift:
         raise UsageError("--auto-retask needs --drift OVERLAP, for example --drift 0.8")
     model_choice = ModelChoice(
-        model, adapter, no_adapter, selector, compensate, reuse, not no_cache, force
+        model, adapter, no_adapter, selector, compensate, reuse, not no_cache, force, exact_down
     )
 
     from ifp_mlx.cli.chat_state import Chat

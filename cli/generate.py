@@ -35,8 +35,9 @@ def generate(
     selector: options.Selector = "auto",
     dense: options.Dense = False,
     compensate: options.Compensate = False,
-    reuse: options.Reuse = 0.0,
+    reuse: options.Reuse = None,
     no_cache: options.NoCache = False,
+    exact_down: options.ExactDown = False,
     force: options.Force = False,
     lossless: options.Lossless = False,
     num_draft_tokens: options.NumDraftTokens = 4,
@@ -92,7 +93,9 @@ def generate(
         )
     text = read_prompt(prompt)
     assistant = load_assistant(
-        ModelChoice(model, adapter, no_adapter, selector, compensate, reuse, not no_cache, force)
+        ModelChoice(
+            model, adapter, no_adapter, selector, compensate, reuse, not no_cache, force, exact_down
+        )
     )
 
     from ifp_mlx.conversation import Conversation, KVCacheOptions, SamplingOptions

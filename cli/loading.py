@@ -25,9 +25,10 @@ class ModelChoice:
     no_adapter: bool = False
     selector: str = "auto"
     compensate: bool = False
-    reuse: float = 0.0
+    reuse: float | None = None
     use_cache: bool = True
     force: bool = False
+    exact_down: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,7 @@ def load_assistant(choice: ModelChoice) -> Assistant:
             compensate=choice.compensate,
             cache=cache,
             reuse_threshold=choice.reuse,
+            exact_down=choice.exact_down,
             force=choice.force,
             on_warning=say,
         )

@@ -74,19 +74,15 @@ Compensate = Annotated[
     ),
 ]
 Reuse = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--reuse",
         metavar="OVERLAP",
         min=0.0,
         max=1.0,
-        help="Take a cached sub-network of another task description if their predicted units "
-        "overlap by at least this much; 0 turns it off.",
+        help="Take the cached sub-network of another description if their units overlap by at "
+        "least this much; 0 turns it off. With the predictor 0.85 if not given, otherwise 0.",
     ),
-]
-Force = Annotated[
-    bool,
-    typer.Option("--force", help="Load the sub-network even if it is predicted not to fit."),
 ]
 NoCache = Annotated[
     bool,

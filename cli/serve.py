@@ -47,6 +47,7 @@ def serve(
     compensate: options.Compensate = False,
     reuse: options.Reuse = 0.0,
     no_cache: options.NoCache = False,
+    exact_down: options.ExactDown = False,
     force: options.Force = False,
     host: Annotated[
         str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")
@@ -123,7 +124,7 @@ def serve(
     tasks = parse_tasks(task or [])
     size = SubnetChoice(keep=keep, keep_units=keep_units)
     choice = ModelChoice(
-        model, adapter, no_adapter, selector, compensate, reuse, not no_cache, force
+        model, adapter, no_adapter, selector, compensate, reuse, not no_cache, force, exact_down
     )
 
     from ifp_mlx.convert.registry import resolve_model

@@ -46,6 +46,10 @@ DEFAULT_KEEP_RATIO = 2 / 3
 SELECTOR_NAMES = ("predictor", "blend", "static", "prompt", "random")
 """Best first: without a choice of the user's, the first that the model has the files for."""
 
+PREDICTED_REUSE_OVERLAP = 0.85
+"""Predicted sub-networks of paraphrases have more than this in common, those of different tasks
+less (benchmarks/task_pairs.py). Other selectors tell tasks apart too little to reuse by overlap."""
+
 DEFAULT_RESIDENT_BYTES = 2 * 10**9
 
 
@@ -117,7 +121,7 @@ class Assistant:
         calibration: Calibration | None = None,
         compensate: bool = False,
         cache: SubNetCache | None = None,
-        reuse_threshold: float = 0.0,
+        reuse_threshold: float | None = None,
         max_resident_bytes: int = DEFAULT_RESIDENT_BYTES,
         on_warning: Callable[[str], None] = lambda line: None,
     ):
@@ -132,11 +136,13 @@ class Assistant:
         self._base = base
         self._dense: nn.Module | None = None
         self._compensate = compensate
-        self._reuse_threshold = reuse_threshold
         self._max_resident_bytes = max_resident_bytes
         self._resident: collections.OrderedDict[bytes, CutModel] = collections.OrderedDict()
         self._on_warning = on_warning
         self.selector_name = self._choose_selector(selector)
+        if reuse_threshold is None:
+            reuse_threshold = PREDICTED_REUSE_OVERLAP if self.selector_name == "predictor" else 0.0
+        self._reuse_threshold = reuse_threshold
         self._selector: Selector = self._make_selector(self.selector_name)
 
     @classmethod
@@ -150,7 +156,8 @@ class Assistant:
         selector: str | None = None,
         compensate: bool = False,
         cache: SubNetCache | None = None,
-        reuse_threshold: float = 0.0,
+        reuse_threshold: float | None = None,
+        exact_down: bool = False,
         context_tokens: int = DEFAULT_CONTEXT_TOKENS,
         force: bool = False,
         on_warning: Callable[[str], None] = lambda line: None,
@@ -169,7 +176,9 @@ class Assistant:
             compensate: add the removed units' mean contribution as a bias.
             cache: where selections by task are kept; None keeps nothing.
             reuse_threshold: share of units in common above which another cached task's
-                sub-network is taken instead; 0 never does.
+                sub-network is taken instead; 0 never does, None does for the predictor only.
+            exact_down: keep columns of quantized down projections as plain weights: exact, in
+                more memory than the 8 bits that they are quantized to otherwise.
             context_tokens: the length of conversation that memory must be enough for.
             force: load what is predicted not to fit in memory.
             on_warning: called with one line for the user.
@@ -195,7 +204,11 @@ class Assistant:
         return cls(
             model_path=model_path,
             base=open_base_model(
-                model_path, context_tokens=context_tokens, force=force, on_warning=on_warning
+                model_path,
+                exact_down=exact_down,
+                context_tokens=context_tokens,
+                force=force,
+                on_warning=on_warning,
             ),
             tokenizer=checkpoint.load_tokenizer(model_path),
             selector=selector,

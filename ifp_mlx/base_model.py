@@ -71,6 +71,7 @@ class BaseModel(Protocol):
 def open_base_model(
     path: Path,
     *,
+    exact_down: bool = False,
     context_tokens: int = DEFAULT_CONTEXT_TOKENS,
     force: bool = False,
     on_warning: Callable[[str], None] = lambda line: None,
@@ -79,6 +80,7 @@ def open_base_model(
 
     Args:
         path: a checkpoint directory.
+        exact_down: keep columns of quantized down projections as plain weights.
         context_tokens: the conversation that a sub-network must have memory for.
         force: load what is predicted not to fit.
         on_warning: called with lines for the user.
@@ -88,22 +90,34 @@ def open_base_model(
     """
     stored, _ = checkpoint.load_model(path, lazy=True)
     dtype = checkpoint.automatic_dtype(stored)
-    sizes = memory.checkpoint_sizes(path, dtype)
+    sizes = memory.checkpoint_sizes(path, dtype, exact_down=exact_down)
     dense_bytes = sizes.shared_bytes + sizes.num_units * sizes.dense_unit_bytes
     if dense_bytes <= KEPT_SHARE_OF_MEMORY * memory.usable_memory_bytes():
         model, config = checkpoint.load_model(path, dtype)
-        return KeptModel(model, config, on_warning)
-    return StreamedModel(path, dtype, sizes, context_tokens, force, on_warning)
+        return KeptModel(model, config, exact_down, on_warning)
+    return StreamedModel(path, dtype, sizes, exact_down, context_tokens, force, on_warning)
 
 
 class KeptModel:
-    """A dense model in memory."""
+    """A dense model in memory.
+
+    Args:
+        model: evaluated.
+        config: the checkpoint's.
+        exact_down: keep columns of quantized down projections as plain weights.
+        on_warning: called with lines for the user.
+    """
 
     def __init__(
-        self, model: nn.Module, config: dict[str, Any], on_warning: Callable[[str], None]
+        self,
+        model: nn.Module,
+        config: dict[str, Any],
+        exact_down: bool,
+        on_warning: Callable[[str], None],
     ) -> None:
         self.config = config
         self.reader = model
+        self._exact_down = exact_down
         self._on_warning = on_warning
         self._adapted: tuple[Adapt, nn.Module] | None = None
 
@@ -125,7 +139,13 @@ class KeptModel:
                 self._adapted = (adapt, adapt(self.reader))
             source = self._adapted[1]
         error = RequantizationError()
-        compact = slice_model(source, selection, compensation=compensation, error=error)
+        compact = slice_model(
+            source,
+            selection,
+            compensation=compensation,
+            exact_down=self._exact_down,
+            error=error,
+        )
         mx.eval(compact.parameters())
         return CutModel(check_quantized_kernels(compact, self._on_warning), error.relative)
 
@@ -137,6 +157,7 @@ class StreamedModel:
         path: the checkpoint directory.
         dtype: the type to compute in; None as it is stored.
         sizes: of the checkpoint in that type.
+        exact_down: keep columns of quantized down projections as plain weights.
         context_tokens: the conversation that a sub-network must have memory for.
         force: load what is predicted not to fit.
         on_warning: called with lines for the user.
@@ -147,6 +168,7 @@ class StreamedModel:
         path: Path,
         dtype: mx.Dtype | None,
         sizes: memory.CheckpointSizes,
+        exact_down: bool,
         context_tokens: int,
         force: bool,
         on_warning: Callable[[str], None],
@@ -154,6 +176,7 @@ class StreamedModel:
         self._path = path
         self._dtype = dtype
         self._sizes = sizes
+        self._exact_down = exact_down
         self._context_tokens = context_tokens
         self._force = force
         self._on_warning = on_warning
@@ -192,6 +215,7 @@ class StreamedModel:
             selection,
             dtype=self._dtype,
             compensation=compensation,
+            exact_down=self._exact_down,
             base=self._shared if adapt is None else None,
             adapt=adapt,
             on_warning=self._on_warning,

@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from ifp_mlx import base_model, memory
+from ifp_mlx import base_model, checkpoint, memory
 from ifp_mlx.assistant import Assistant
 from ifp_mlx.base_model import KeptModel, StreamedModel, open_base_model
 from ifp_mlx.checkpoint import load_model
@@ -161,6 +161,20 @@ def test_sub_networks_of_a_streamed_model_share_what_they_have_in_common(
     other = assistant.subnetwork_for_task("tell me a story", 64).model
     assert one.layers[0].self_attn.q_proj.weight is other.layers[0].self_attn.q_proj.weight
     assert one.model.embed_tokens.weight is other.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("share", [0, 1], ids=["streamed", "kept"])
+def test_requantization_is_told_and_can_be_refused(
+    tiny_checkpoint: CheckpointFactory, monkeypatch: pytest.MonkeyPatch, share: int
+) -> None:
+    path = tiny_checkpoint(hidden_size=64)
+    quantize(path, 4)
+    monkeypatch.setattr(base_model, "KEPT_SHARE_OF_MEMORY", share)
+    monkeypatch.setattr(checkpoint, "automatic_dtype", lambda model: None)  # as on a GPU
+    default = Assistant.load(path, selector="random").subnetwork_for_task("write Python", 64)
+    assert 0 < default.requantization_error < 0.01
+    exact = Assistant.load(path, selector="random", exact_down=True)
+    assert exact.subnetwork_for_task("write Python", 64).requantization_error == 0
 
 
 def test_what_does_not_fit_is_refused_unless_forced(
