@@ -157,6 +157,7 @@ class Assistant:
         compensate: bool = False,
         cache: SubNetCache | None = None,
         reuse_threshold: float | None = None,
+        exact_down: bool = False,
         context_tokens: int = DEFAULT_CONTEXT_TOKENS,
         force: bool = False,
         on_warning: Callable[[str], None] = lambda line: None,
@@ -176,6 +177,8 @@ class Assistant:
             cache: where selections by task are kept; None keeps nothing.
             reuse_threshold: share of units in common above which another cached task's
                 sub-network is taken instead; 0 never does, None does for the predictor only.
+            exact_down: keep columns of quantized down projections as plain weights: exact, in
+                more memory than the 8 bits that they are quantized to otherwise.
             context_tokens: the length of conversation that memory must be enough for.
             force: load what is predicted not to fit in memory.
             on_warning: called with one line for the user.
@@ -201,7 +204,11 @@ class Assistant:
         return cls(
             model_path=model_path,
             base=open_base_model(
-                model_path, context_tokens=context_tokens, force=force, on_warning=on_warning
+                model_path,
+                exact_down=exact_down,
+                context_tokens=context_tokens,
+                force=force,
+                on_warning=on_warning,
             ),
             tokenizer=checkpoint.load_tokenizer(model_path),
             selector=selector,
