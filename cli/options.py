@@ -84,6 +84,18 @@ Reuse = Annotated[
         "least this much; 0 turns it off. With the predictor 0.85 if not given, otherwise 0.",
     ),
 ]
+ExactDown = Annotated[
+    bool,
+    typer.Option(
+        "--exact-down",
+        help="Of a quantized model, keep down projections as plain weights: exact, in more memory "
+        "than the 8 bits that their columns are quantized to otherwise.",
+    ),
+]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Load the sub-network even if it is predicted not to fit."),
+]
 NoCache = Annotated[
     bool,
     typer.Option("--no-cache", help="Neither read nor write the sub-network cache."),
