@@ -125,7 +125,7 @@ def train(
         "seed": seed,
     }
     changes = {name: value for name, value in changes.items() if value is not None}
-    nested = {
+    nested: dict[str, dict[str, Any]] = {
         "data": {
             "instructions": [str(path) for path in data] if data else None,
             "documents": [str(path) for path in documents] if documents else None,

@@ -86,7 +86,7 @@ class Adapter:
                 raise AdapterError(f"the model is not {self.base_model}: it has no {path}")
             sample = _sample(found, wanted.size)
             distance = mx.linalg.norm(sample - wanted) / mx.linalg.norm(wanted)
-            if not distance.item() < _MAX_SKETCH_ERROR:
+            if not float(distance) < _MAX_SKETCH_ERROR:
                 raise AdapterError(
                     f"this adapter was trained for {self.base_model}; the weights given are of "
                     "another model"
@@ -249,7 +249,7 @@ def save_adapter(
 def _head_arrays(head: PredictorHead) -> dict[str, mx.array]:
     """Return the head for disk: the large expansion as 8-bit codes, one scale a row."""
     arrays: dict[str, mx.array] = {}
-    for name, value in tree_flatten(head.parameters()):
+    for name, value in dict(tree_flatten(head.parameters())).items():
         if name != "expand.weight":
             arrays[_HEAD + name] = value.astype(mx.float16)
             continue

@@ -86,4 +86,5 @@ def _codes(groups: mx.array, scale: mx.array, bits: int) -> mx.array:
 
 
 def _decoded(codes: mx.array, scale: mx.array, bits: int) -> mx.array:
-    return (codes.astype(mx.float32) - (2**bits - 1) / 2) * scale
+    centred: mx.array = codes.astype(mx.float32) - (2**bits - 1) / 2
+    return centred * scale

@@ -4,6 +4,9 @@ Training multiplies unit activations by a mask. In the forward pass the mask is 
 ones a layer); its gradient is that of a *soft* top-k, a mask in [0, 1] that sums to K.
 """
 
+import math
+from typing import cast
+
 import mlx.core as mx
 
 from ifp_mlx.errors import SelectionError
@@ -118,8 +121,7 @@ def soft_top_k(scores: mx.array, num_kept_units: int, eps: float) -> mx.array:
         mean = (slope * cotangent).sum(axis=-1, keepdims=True) / total
         return slope * (cotangent - mean) / eps
 
-    result: mx.array = relaxed(scores.astype(mx.float32))
-    return result
+    return cast(mx.array, relaxed(scores.astype(mx.float32)))
 
 
 def soft_top_k_coda(scores: mx.array, num_kept_units: int, eps: float) -> mx.array:
@@ -144,7 +146,7 @@ def soft_top_k_coda(scores: mx.array, num_kept_units: int, eps: float) -> mx.arr
     """
     _check_soft(scores, num_kept_units, eps)
     scaled = scores.astype(mx.float32) / eps
-    log_k = float(mx.log(mx.array(float(num_kept_units))).item())
+    log_k = math.log(num_kept_units)
     cap = mx.zeros_like(scaled)  # multiplier of m <= 1
     level = log_k - mx.logsumexp(scaled, axis=-1, keepdims=True)  # multiplier of sum(m) = K
     for _ in range(_CODA_ITERATIONS):
@@ -181,7 +183,7 @@ def hard_concrete_l0(scores: mx.array) -> mx.array:
 
     Its sum over units is the expected number of open gates: the L0 loss drives it to K.
     """
-    shift = _CONCRETE_TEMPERATURE * float(mx.log(mx.array(-_STRETCH_LOW / _STRETCH_HIGH)).item())
+    shift = _CONCRETE_TEMPERATURE * math.log(-_STRETCH_LOW / _STRETCH_HIGH)
     return mx.sigmoid(scores - shift)
 
 

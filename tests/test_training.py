@@ -53,7 +53,9 @@ def _examples(count: int = 60) -> ExampleSet:
         domain = index % 3
         length = int(rng.integers(8, 24))
         start = len(tokens)
-        tokens += [int(t) for t in (rng.integers(1, 60) + np.arange(length) * (domain + 1)) % 66 + 1]
+        tokens += [
+            int(t) for t in (rng.integers(1, 60) + np.arange(length) * (domain + 1)) % 66 + 1
+        ]
         target += [position >= length // 2 for position in range(length)]
         spans.append((start, start + length))
         sources.append((start, start + length // 2))
@@ -241,7 +243,10 @@ def test_micro_batches_equal_one_batch(run: Callable[..., Trainer]) -> None:
 
 
 def test_gradient_checkpointing_changes_nothing(run: Callable[..., Trainer]) -> None:
-    plain, checkpointed = run(**_MODES["joint"]), run(gradient_checkpointing=True, **_MODES["joint"])
+    plain, checkpointed = (
+        run(**_MODES["joint"]),
+        run(gradient_checkpointing=True, **_MODES["joint"]),
+    )
     first, second = plain.train_step(plain.steps[0]), checkpointed.train_step(plain.steps[0])
     assert first["grad_norm"].item() == pytest.approx(second["grad_norm"].item(), rel=1e-4)
 

@@ -124,7 +124,7 @@ class PredictorTrainer:
     def probe_overlap(self) -> float:
         """Return the probe batch's mean pairwise overlap over all layers. Evaluates."""
         masks = top_k_mask(self.head(self._probe), self._probe_keep)
-        return mean_pairwise_overlap(masks, self._probe_keep).mean().item()  # type: ignore[no-any-return]
+        return float(mean_pairwise_overlap(masks, self._probe_keep).mean())
 
     def check_collapse(self, step: int) -> float:
         """Return the probe's overlap; set the head back where it started if it rose too far.
@@ -203,6 +203,7 @@ def centred(mask_gradient: mx.array, group: mx.distributed.Group) -> mx.array:
 
     The mean would move every sample's mask alike: that drift is how masks collapse.
     """
+    mask_gradient = mask_gradient.astype(mx.float32)
     total = mask_gradient.sum(axis=0)
     count = mx.array(float(mask_gradient.shape[0]))
     if group.size() > 1:

@@ -119,8 +119,9 @@ def domain_chances(examples: ExampleSet, document_share: float) -> npt.NDArray[n
                 "a stage needs a kind of text (documents or instructions) not given"
             )
         shares[kind] = share * np.sqrt(tokens[kind]) / np.sqrt(tokens[kind]).sum()
-    chances: npt.NDArray[np.float64] = shares * counts / np.maximum(tokens, 1)
-    return chances / chances.sum()
+    chances = shares * counts / np.maximum(tokens, 1)
+    normalised: npt.NDArray[np.float64] = chances / chances.sum()
+    return normalised
 
 
 def example_weights(
@@ -132,8 +133,8 @@ def example_weights(
     one-word answers vanish, and one vote an example, under which long answers do.
     """
     counts = np.array([max(1, int(examples.example(i)[1][1:].sum())) for i in indices])
-    weights: npt.NDArray[np.float64] = 1.0 / np.sqrt(counts)
-    return weights / np.sqrt(counts).sum()
+    weights: npt.NDArray[np.float64] = 1.0 / np.sqrt(counts) / np.sqrt(counts).sum()
+    return weights
 
 
 def make_batch(

@@ -165,7 +165,7 @@ class Trainer:
             part_features = None if features is None else mx.array(features[rows])
             masks = self._masks(part_features, step)
             value, grads = self._gradient(tensors, masks, batch)
-            tensor_grads, mask_grad = grads if self._joint else (grads, None)
+            tensor_grads, mask_grad = grads if self._joint else (grads, mx.zeros(()))
             flat = self.masked.layout.flatten(tensor_grads)
             gradient = flat if gradient is None else gradient + flat
             loss = loss + value
@@ -174,7 +174,7 @@ class Trainer:
                 assert part_features is not None
                 share, anchor = self.predictor.step(
                     part_features,
-                    centred(mask_grad.astype(mx.float32), self._group),
+                    centred(mask_grad, self._group),
                     step.keep_units,
                     self.step_number,
                     self._joint_progress(),

@@ -289,13 +289,13 @@ def _fit(
     layout.install(head, layout.split(state.weights))
     mx.eval(head.parameters())
     if held_out:
-        features = mx.array(start.features_of(start.target_ids[num_fitted:]))
+        held_features = mx.array(start.features_of(start.target_ids[num_fitted:]))
         truth = targets[num_fitted:].astype(mx.float32)
         for keep in keep_units:
             wanted = top_k_mask(truth, keep)
-            for name, scores in (("head", head(features)), ("prior", start.prior[None])):
+            for name, scores in (("head", head(held_features)), ("prior", start.prior[None])):
                 found = (top_k_mask(scores, keep) * wanted).sum(axis=-1) / keep
-                start.agreement[f"{name}@{keep}"] = found.mean().item()
+                start.agreement[f"{name}@{keep}"] = float(found.mean())
         progress({"phase": "warm start", "agreement": start.agreement})
 
 
