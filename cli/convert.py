@@ -46,6 +46,25 @@ def convert(
             show_default="as described",
         ),
     ] = None,
+    quantize: Annotated[
+        int | None,
+        typer.Option(
+            "--quantize",
+            "--q-bits",
+            metavar="BITS",
+            help="Quantize to this many bits; ifp quantize has more choices.",
+            show_default="no",
+        ),
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            "--group-size",
+            "--q-group-size",
+            help="Weights that share a scale, with --quantize.",
+            show_default="64",
+        ),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the output folder if it exists.")
     ] = False,
@@ -56,10 +75,16 @@ def convert(
     """Convert a model into a folder that ifp and mlx-lm can read."""
     from ifp_mlx.convert.conversion import convert_checkpoint
     from ifp_mlx.convert.hub import fetch_from_hub, is_hub_id
+    from ifp_mlx.convert.quantize import make_quantization
     from ifp_mlx.origin import Origin
 
     if output.exists() and not force:
         raise UsageError(f"{output} exists already; choose another name or pass --force")
+    if group_size is not None and quantize is None:
+        raise UsageError("--group-size needs --quantize BITS")
+    quantization = None
+    if quantize is not None:
+        quantization = make_quantization(bits=quantize, group_size=group_size)
     with bytes_progress() as progress:
         path, origin = Path(source).expanduser(), None
         if not path.exists() and is_hub_id(source):
@@ -72,6 +97,7 @@ def convert(
             path,
             output,
             dtype=dtype_named(dtype),
+            quantization=quantization,
             overwrite=force,
             origin=origin,
             progress=progress,

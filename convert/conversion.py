@@ -1,6 +1,7 @@
 """Any supported checkpoint turned into an mlx-lm checkpoint directory."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,6 +11,7 @@ from ifp_mlx.convert.checkpoint_writer import copy_tokenizer_files, model_bytes,
 from ifp_mlx.convert.gguf_conversion import converted_bytes, write_gguf_checkpoint
 from ifp_mlx.convert.gguf_reader import GGUFFile
 from ifp_mlx.convert.progress import Progress, no_progress
+from ifp_mlx.convert.quantize import Quantization, write_quantized
 from ifp_mlx.errors import CheckpointError
 from ifp_mlx.files import require_free_disk, staged_directory
 from ifp_mlx.origin import Origin, read_origin, write_origin
@@ -37,6 +39,7 @@ def convert_checkpoint(
     target: Path,
     *,
     dtype: mx.Dtype | None = None,
+    quantization: Quantization | None = None,
     overwrite: bool = False,
     origin: Origin | None = None,
     progress: Progress = no_progress,
@@ -48,6 +51,7 @@ def convert_checkpoint(
         target: a directory that does not exist yet.
         dtype: floating type of the result. None keeps a directory's own; for a GGUF file it is
             float32 (exact) on the CPU, where nothing else is fast, and bfloat16 on a GPU.
+        quantization: quantize the result; packed tensors of the source are packed anew.
         overwrite: replace ``target`` if it exists.
         origin: where the values come from, to be kept with them.
         progress: called while reading and writing.
@@ -68,14 +72,20 @@ def convert_checkpoint(
     if not source.exists():
         raise CheckpointError(f"there is no {source}: neither a checkpoint folder nor a GGUF file")
     with staged_directory(target, overwrite=overwrite) as staging:
-        file = None
-        if source.is_dir():
-            _write_directory(source, staging, dtype, progress)
-        else:
-            file = GGUFFile(source)
+        file = None if source.is_dir() else GGUFFile(source)
+        if file is not None:
             dtype = dtype or (mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16)
             require_free_disk(target, converted_bytes(file, dtype))
-            write_gguf_checkpoint(file, staging, dtype, progress)
+        if quantization is None:
+            _write(file or source, staging, dtype, progress)
+        elif file is None:
+            write_quantized(source, staging, quantization, dtype=dtype, progress=progress)
+        else:
+            plain = staging / "plain"
+            plain.mkdir()
+            _write(file, plain, dtype, progress)
+            write_quantized(plain, staging, quantization, progress=progress)
+            shutil.rmtree(plain)
         write_origin(staging, origin or _origin_of(source, file))
         # What is put in place can be read by mlx-lm.
         _, config = load_model(staging, lazy=True)
@@ -84,9 +94,12 @@ def convert_checkpoint(
     return Conversion(target, config["model_type"], num_bytes, str(config.get("torch_dtype")))
 
 
-def _write_directory(
-    source: Path, staging: Path, dtype: mx.Dtype | None, progress: Progress
+def _write(
+    source: Path | GGUFFile, staging: Path, dtype: mx.Dtype | None, progress: Progress
 ) -> None:
+    if isinstance(source, GGUFFile):
+        write_gguf_checkpoint(source, staging, dtype or mx.float32, progress)
+        return
     model, config = load_model(source, lazy=True)
     total = model_bytes(model, dtype)
     require_free_disk(staging, total)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from ifp_mlx.checkpoint import load_model, load_tokenizer, stored_tensors
@@ -110,28 +111,59 @@ def quantize_checkpoint(
         ResourceError: not enough disk.
         UsageError: the target exists.
     """
-    from mlx_lm.utils import dequantize_model, get_total_parameters
-
     bytes_before = sum(tensor.num_bytes for tensor in stored_tensors(source).values())
     with staged_directory(target, overwrite=overwrite) as staging:
-        model, config = load_model(source, lazy=True)
-        model = dequantize_model(model)
-        num_weights = int(get_total_parameters(model))
-        total = _expected_bytes(num_weights, quantization)
-        require_free_disk(target, total)
-        config, num_plain = quantize_model(model, config, quantization)
-        bytes_after = write_model(
-            model, config, staging,
-            on_bytes=lambda done: progress("quantizing", min(done, total), total),
-        )  # fmt: skip
-        progress("quantizing", bytes_after, bytes_after)
-        copy_tokenizer_files(source, staging)
+        num_weights, num_plain = write_quantized(source, staging, quantization, progress=progress)
         write_origin(staging, read_origin(source))
         load_model(staging, lazy=True)
         load_tokenizer(staging)
+        bytes_after = sum(tensor.num_bytes for tensor in stored_tensors(staging).values())
     return QuantizedCheckpoint(
         target, bytes_before, bytes_after, bytes_after * 8 / num_weights, num_plain
     )
+
+
+def write_quantized(
+    source: Path,
+    target: Path,
+    quantization: Quantization,
+    *,
+    dtype: mx.Dtype | None = None,
+    progress: Progress = no_progress,
+) -> tuple[int, int]:
+    """Write weights, config and tokenizer of a checkpoint, quantized, into an existing directory.
+
+    Args:
+        source: a checkpoint directory.
+        target: an existing directory.
+        quantization: how.
+        dtype: of what is not packed, scales among it; None keeps the source's.
+        progress: called while writing.
+
+    Returns:
+        The number of weights, and how many matrices had to stay plain.
+
+    Raises:
+        CheckpointError: the source is damaged.
+        ResourceError: not enough disk.
+    """
+    from mlx_lm.utils import dequantize_model, get_total_parameters
+
+    model, config = load_model(source, lazy=True)
+    model = dequantize_model(model)
+    if dtype is not None:
+        model.set_dtype(dtype)
+    num_weights = int(get_total_parameters(model))
+    total = _expected_bytes(num_weights, quantization)
+    require_free_disk(target, total)
+    config, num_plain = quantize_model(model, config, quantization)
+    num_bytes = write_model(
+        model, config, target,
+        on_bytes=lambda done: progress("quantizing", min(done, total), total),
+    )  # fmt: skip
+    progress("quantizing", num_bytes, num_bytes)
+    copy_tokenizer_files(source, target)
+    return num_weights, num_plain
 
 
 def quantize_model(

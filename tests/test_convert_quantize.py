@@ -163,3 +163,26 @@ def test_quantize_command(tiny_checkpoint: CheckpointFactory, tmp_path: Path) ->
     replaced = CliRunner().invoke(app, [*arguments, "--force"])
     assert "bits a weight" in replaced.stderr
     assert replaced.stdout == ""
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_convert_command_quantizes(
+    tiny_checkpoint: CheckpointFactory,
+    tiny_gguf: CheckpointFactory,
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    source = tiny_checkpoint() if kind == "folder" else tiny_gguf()
+    plain = tmp_path / "plain"
+    arguments = ["convert", str(source), "--dtype", "float32"]
+    assert CliRunner().invoke(app, [*arguments, "-o", str(plain)]).exit_code == 0
+    packed = [*arguments, "-o", str(tmp_path / "out"), "--quantize", "8", "--group-size", "32"]
+    result = CliRunner().invoke(app, packed)
+    assert result.exit_code == 0, result.output
+    model, config = load_model(tmp_path / "out")
+    assert config["quantization"] == {"bits": 8, "group_size": 32, "mode": "affine"}
+    expected = mx.quantize(load_model(plain)[0].layers[2].mlp.up_proj.weight, 32, 8)
+    assert mx.array_equal(model.layers[2].mlp.up_proj.weight, expected[0])
+    assert not (tmp_path / "out" / "plain").exists()
+    refused = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "x"), "--group-size", "32"])
+    assert isinstance(refused.exception, UsageError)
