@@ -316,10 +316,14 @@ def test_table_has_a_line_a_row_and_the_means(subject: Subject) -> None:
     examples = by_domain(make_examples())
     results = measure_rows(subject, [Row("dense", F), Row("random", 64)], examples)
     lines = markdown_table(results).splitlines()
-    assert lines[0] == "| row | K | instructions | alpha | gamma | documents | beta |"
+    assert lines[0] == "| row | K | all tokens | instructions | alpha | gamma | documents | beta |"
     assert lines[1].count("|") == lines[0].count("|")
     mean = np.mean([results[1].qualities[d].cross_entropy for d in ("alpha", "gamma")])
-    assert lines[3].startswith(f"| random | 64 | **{mean:.3f}** |")
+    qualities = results[1].qualities.values()
+    pooled = np.average(
+        [q.cross_entropy for q in qualities], weights=[q.num_tokens for q in qualities]
+    )
+    assert lines[3].startswith(f"| random | 64 | {pooled:.3f} | **{mean:.3f}** |")
     record = results[1].to_dict()
     assert record["row"] == "random@64"
     assert record["mean_cross_entropy"]["instructions"] == pytest.approx(mean)

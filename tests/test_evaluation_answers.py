@@ -235,7 +235,7 @@ def test_eval_command_prints_markdown(
     arguments = ["eval", "--data", str(texts), "--model", str(tiny_checkpoint()), "--markdown"]
     assert run([*arguments, "--selector", "random", "--keep", "64", "--keep", "0.67"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "| row | K | instructions | songs | sums |"
+    assert lines[0] == "| row | K | all tokens | instructions | songs | sums |"
     assert [line.split("|")[2].strip() for line in lines[2:]] == ["192", "64", "128"]
 
 

@@ -42,6 +42,13 @@ class RowResult:
         """Return the mean over the domains, NaN without any."""
         return mean_cross_entropy(self.qualities, documents=documents)
 
+    @property
+    def cross_entropy_per_token(self) -> float:
+        """Every scored token weighs alike: steadier where texts are few and answers short."""
+        qualities = self.qualities.values()
+        nats = sum(quality.cross_entropy * quality.num_tokens for quality in qualities)
+        return nats / sum(quality.num_tokens for quality in qualities)
+
     def mean(self, name: str) -> float | None:
         """Return the mean over all domains of ``kl`` or ``top1``, None if it was not measured."""
         values = [getattr(quality, name) for quality in self.qualities.values()]
@@ -56,6 +63,7 @@ class RowResult:
         return {
             "row": self.row.label,
             "num_kept_units": self.row.num_kept_units,
+            "cross_entropy_per_token": self.cross_entropy_per_token,
             "mean_cross_entropy": {k: None if math.isnan(v) else v for k, v in means.items()},
             "domains": {
                 domain: {**dataclasses.asdict(quality), "perplexity": quality.perplexity}
@@ -199,11 +207,14 @@ def _stage(progress: Progress, row: Row) -> Callable[[int, int], None]:
 
 
 def markdown_table(results: Sequence[RowResult]) -> str:
-    """Return a Markdown table of cross-entropies: a line a row, a column a domain."""
+    """Return a Markdown table of cross-entropies: a line a row, a column a domain.
+
+    In front of the domains, their mean; "all tokens" weighs every scored token alike.
+    """
     domains = list(results[0].qualities)
     instructions = [d for d in domains if not d.startswith(DOCUMENT_PREFIX)]
     documents = [d for d in domains if d.startswith(DOCUMENT_PREFIX)]
-    columns = ["row", "K"]
+    columns = ["row", "K", "all tokens"]
     if instructions:
         columns += ["instructions", *instructions]
     if documents:
@@ -211,6 +222,7 @@ def markdown_table(results: Sequence[RowResult]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|---" + "|--:" * (len(columns) - 1) + "|"]
     for result in results:
         cells = [result.row.name, str(result.row.num_kept_units)]
+        cells.append(f"{result.cross_entropy_per_token:.3f}")
         for is_documents, chosen in ((False, instructions), (True, documents)):
             if chosen:
                 cells.append(f"**{result.mean_cross_entropy(documents=is_documents):.3f}**")
