@@ -16,6 +16,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "memory_bytes": memory.usable_memory_bytes(),
         "system": platform.platform(terse=True),
-        "mlx": mx.__version__,
+        "mlx": metadata.version("mlx"),
     }
     print(json.dumps({**machine, **figures}))
 

@@ -47,7 +47,8 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--keep-units", type=int, default=1024)
     options = parser.parse_args()
-    tokens = mx.array([[1, 504, 3575, 6354, 253, 2232, 282, 28]])  # any words
+    token_ids = [1, 504, 3575, 6354, 253, 2232, 282, 28]  # any words
+    tokens = mx.array([token_ids])
     rows: dict[str, dict[str, float]] = {}
     print(
         f"{'':8} {'FFN, exact':>11} {'logits, exact':>14} {'columns, 8-bit down':>20} "
@@ -56,7 +57,7 @@ def main() -> None:
     for name, (mode, bits) in QUANTIZATIONS.items():
         model, _ = checkpoint.load_model(options.checkpoint, mx.float32)
         nn.quantize(model, group_size=GROUP_SIZE, bits=bits, mode=mode)
-        selection = select(PromptSelector(model), tokens[0].tolist(), options.keep_units)
+        selection = select(PromptSelector(model), token_ids, options.keep_units)
         masked = ffn.with_unit_masks(model)
         ffn.set_unit_masks(masked, selection.mask())
         expected = masked(tokens)
