@@ -114,6 +114,16 @@ def dense_weight(linear: nn.Module) -> mx.array:
     return weight
 
 
+def plain_linear(weight: mx.array, bias: mx.array | None = None) -> nn.Linear:
+    """Return a linear layer of an (out, in) weight, without drawing random weights first."""
+    linear: nn.Linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.weight = weight
+    if bias is not None:
+        linear.bias = bias
+    return linear
+
+
 def clone_module(module: Any) -> Any:
     """Return a structural copy of a module tree that shares every array with the original.
 
@@ -124,7 +134,8 @@ def clone_module(module: Any) -> Any:
         copy = type(module).__new__(type(module))
         copy.__dict__.update(module.__dict__)
         for name, child in module.items():
-            dict.__setitem__(copy, name, clone_module(child))
+            shared = isinstance(child, mx.array)
+            dict.__setitem__(copy, name, child if shared else clone_module(child))
         return copy
     if isinstance(module, list):
         return [clone_module(child) for child in module]

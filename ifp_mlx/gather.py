@@ -31,9 +31,16 @@ def take_rows(array: mx.array, rows: mx.array) -> mx.array:
 def take_columns(array: mx.array, columns: mx.array) -> mx.array:
     """Return columns ``columns`` (K,) of an (N, M) array, bit for bit: (N, K). Lazy.
 
-    Unlike that of ``mx.take``, the result is row-contiguous, as a matrix product wants it, and
-    ascending columns are read in memory order.
+    Off CUDA the result is row-contiguous, as a matrix product wants it, and ascending columns are
+    read in memory order: ten times as fast on the CPU. On CUDA ``mx.take`` is the faster one.
     """
+    if mx.cuda.is_available():
+        return mx.take(array, columns, axis=1)
+    return take_along_columns(array, columns)
+
+
+def take_along_columns(array: mx.array, columns: mx.array) -> mx.array:
+    """Return columns ``columns`` (K,) of an (N, M) array as a row-contiguous (N, K) array. Lazy."""
     indices = mx.broadcast_to(columns, (array.shape[0], columns.size))
     return mx.take_along_axis(array, indices, axis=1)
 

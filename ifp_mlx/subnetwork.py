@@ -228,10 +228,7 @@ def make_down(down: nn.Module, columns: mx.array, *, exact: bool) -> nn.Module:
     In place of a quantized layer comes one of 8 bits, if its group size divides K and ``exact``
     is not asked for; else plain weights.
     """
-    plain = nn.Linear(1, 1, bias=False)
-    plain.weight = columns
-    if "bias" in down:
-        plain.bias = down.bias
+    plain = ffn.plain_linear(columns, down.get("bias"))
     if not isinstance(down, nn.QuantizedLinear) or exact:
         return plain
     group_size = max(int(down.group_size), 32)

@@ -8,6 +8,8 @@ import mlx.nn as nn
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
+from ifp_mlx import ffn
+from ifp_mlx.benchmarking.shapes import arrays_of
 from ifp_mlx.masking import top_k_indices
 from ifp_mlx.predictor import SparsityPredictor
 from ifp_mlx.selection import Selection
@@ -58,11 +60,21 @@ def first_token(
 ) -> tuple[mx.array, list[Any]]:
     """Return the first token of the sub-network that a prompt selects, and its KV cache.
 
-    Selection, slicing and prefill are one lazy graph: nothing waits for the host in between.
+    Nothing waits for the host in between: the device selects while the host builds the slices,
+    and slices while the host builds the prefill.
     """
-    compact = slice_model(dense, select_lazily(predictor, prompt_ids, num_kept_units))
+    selection = select_lazily(predictor, prompt_ids, num_kept_units)
+    mx.async_eval(selection.indices)
+    compact = slice_model(dense, selection)
+    mx.async_eval(ffn_arrays(compact))
     logits, kv_cache = prefill(compact, mx.array(list(prompt_ids)))
     return mx.argmax(logits), kv_cache
+
+
+def ffn_arrays(model: nn.Module) -> list[mx.array]:
+    """Return the arrays of a model's FFNs: what slicing makes."""
+    modules = ffn.ffn_modules(model)
+    return [array for module in modules for array in arrays_of(module)]
 
 
 def repeat_kv_cache(kv_cache: Sequence[KVCache], num_samples: int) -> list[KVCache]:

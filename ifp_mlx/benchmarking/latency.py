@@ -9,16 +9,16 @@ import dataclasses
 import mlx.core as mx
 import mlx.nn as nn
 
-from ifp_mlx import ffn
 from ifp_mlx.benchmarking.generation import (
     decode,
     decode_with_mlx_lm,
+    ffn_arrays,
     first_token,
     prefill,
     repeat_kv_cache,
     select_lazily,
 )
-from ifp_mlx.benchmarking.shapes import arrays_of, num_bytes, num_parameters
+from ifp_mlx.benchmarking.shapes import num_bytes, num_parameters
 from ifp_mlx.benchmarking.timing import Repeats, Timing, Work, measure, measure_in_turns
 from ifp_mlx.predictor import SparsityPredictor
 from ifp_mlx.subnetwork import slice_model
@@ -183,12 +183,6 @@ def measure_latency(
         _add_decoding(rows, models, ids, workload, decode_repeats, bandwidth)
     _add_ratios(rows)
     return list(rows.values())
-
-
-def ffn_arrays(model: nn.Module) -> list[mx.array]:
-    """Return the arrays of a model's FFNs: what slicing makes."""
-    modules = ffn.ffn_modules(model)
-    return [array for module in modules for array in arrays_of(module)]
 
 
 def step_bytes(model: nn.Module, workload: Workload) -> int:

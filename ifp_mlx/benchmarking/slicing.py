@@ -13,7 +13,7 @@ import mlx.core as mx
 from ifp_mlx.benchmarking.shapes import QUANTIZATION_GROUP_SIZE, Shape
 from ifp_mlx.benchmarking.timing import COPIES, Repeats, Timing, copy_works, measure_in_turns
 from ifp_mlx.errors import UsageError
-from ifp_mlx.gather import take_columns, take_rows
+from ifp_mlx.gather import take_along_columns, take_rows
 from ifp_mlx.masking import top_k_indices
 from ifp_mlx.subnetwork import REQUANTIZED_DOWN_BITS
 
@@ -116,7 +116,7 @@ def plain_ways(size: int, num_units: int, indices: mx.array, dtype: mx.Dtype) ->
 
     def wide(layer: int, units: mx.array) -> Arrays:
         rows = [take_rows(blocks[3 * layer + part], units) for part in range(2)]
-        return [*rows, take_columns(downs[layer], units)]
+        return [*rows, take_along_columns(downs[layer], units)]
 
     def unit_major(layer: int, units: mx.array) -> Arrays:
         return [take_rows(blocks[3 * layer + part], units) for part in range(3)]
@@ -204,7 +204,7 @@ def packed_ways(
 
     def columns(layer: int, units: mx.array) -> mx.array:
         weight = mx.dequantize(*downs[layer], group_size=QUANTIZATION_GROUP_SIZE, bits=bits)
-        return take_columns(weight, units)
+        return take_along_columns(weight, units)
 
     def dequantized(layer: int, units: mx.array) -> Arrays:
         return [*rows(layer, units, range(2), take_rows), columns(layer, units)]

@@ -8,8 +8,12 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from ifp_mlx.benchmarking.generation import first_token, prefill, select_lazily
-from ifp_mlx.benchmarking.latency import ffn_arrays
+from ifp_mlx.benchmarking.generation import (
+    ffn_arrays,
+    first_token,
+    prefill,
+    select_lazily,
+)
 from ifp_mlx.benchmarking.timing import Repeats, Timing, Work, measure_in_turns
 from ifp_mlx.predictor import SparsityPredictor
 from ifp_mlx.selection import Selection
