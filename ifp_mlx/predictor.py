@@ -57,10 +57,16 @@ class PredictorHead(nn.Module):
         prior: (L, F) float32 scores of an average instruction, standardised per layer.
     """
 
-    def __init__(self, feature_dims: int, prior: mx.array, rank: int = DEFAULT_RANK):
+    def __init__(
+        self, feature_dims: int, prior: mx.array, rank: int = DEFAULT_RANK, *, seed: int = 0
+    ):
         super().__init__()
         self.prior = standardised(prior)
         self.project = nn.Linear(feature_dims, rank)
+        # Drawn from a key of its own: the global generator depends on what ran before.
+        bound = feature_dims**-0.5
+        draw = mx.random.uniform(-bound, bound, (rank, feature_dims), key=mx.random.key(seed))
+        self.project.weight, self.project.bias = draw, mx.zeros((rank,))
         self.expand = nn.Linear(rank, prior.size, bias=False)
         self.expand.weight = mx.zeros_like(self.expand.weight)
 

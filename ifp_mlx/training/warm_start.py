@@ -165,7 +165,7 @@ def make_warm_start(
     prior = mx.array(importance.astype(np.float32).mean(axis=0))
     result = WarmStart(
         prior=prior,
-        head=PredictorHead(features.shape[1], prior),
+        head=PredictorHead(features.shape[1], prior, seed=seed),
         features=features,
         example_ids=example_ids,
         description_features=described,
