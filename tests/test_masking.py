@@ -80,7 +80,8 @@ def test_soft_gradients_match_finite_differences(function) -> None:  # type: ign
     weight = mx.random.normal((2, 19), key=mx.random.key(4))
 
     def total(values: mx.array) -> mx.array:
-        return (function(values, 5, 0.7) * weight).sum()
+        total: mx.array = (function(values, 5, 0.7) * weight).sum()
+        return total
 
     found = mx.grad(total)(scores)
     step = 1e-2
