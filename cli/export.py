@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ifp_mlx.convert.quantize import Quantization
 
 _FORM = "Written form"
+GGUFType = Literal["f32", "f16", "bf16", "q8_0"]
 
 
 def export(
@@ -98,6 +99,18 @@ def export(
             rich_help_panel=_FORM,
         ),
     ] = None,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(
+            "--gguf",
+            metavar="FILE",
+            help="Also write the sub-network as a GGUF file, for llama.cpp and Ollama.",
+            rich_help_panel=_FORM,
+        ),
+    ] = None,
+    gguf_type: Annotated[
+        GGUFType, typer.Option(help="How the GGUF file stores matrices.", rich_help_panel=_FORM)
+    ] = "f16",
     data: Annotated[
         Path | None,
         typer.Option(
@@ -121,8 +134,9 @@ def export(
     """
     if (task is None) == (selection is None):
         raise UsageError("give --task or --selection, one of them")
-    if output.exists() and not force:
-        raise UsageError(f"{output} exists already; choose another name or pass --force")
+    for target in (output, gguf):
+        if target is not None and target.exists() and not force:
+            raise UsageError(f"{target} exists already; choose another name or pass --force")
     quantization = _quantization(quantize, group_size, mode, dequantize=dequantize)
     choice = SubnetChoice(task=task, keep=keep, keep_units=keep_units)
     assistant = load_assistant(
@@ -171,12 +185,17 @@ def export(
             overwrite=force,
             progress=progress,
         )
+        if gguf is not None:
+            from ifp_mlx.convert.gguf_export import export_gguf
+
+            export_gguf(made.path, gguf, gguf_type, overwrite=force, progress=progress)
     if json_output:
         print_json(
             {
                 "path": str(made.path),
                 "num_bytes": made.num_bytes,
                 "is_plain": made.is_plain,
+                "gguf": None if gguf is None else str(gguf),
                 "selector": subnet.selector,
                 "num_kept_units": subnet.num_kept_units,
                 "num_units": subnet.num_units,
@@ -186,6 +205,8 @@ def export(
         )
         return
     say(f"{made.path}: {gigabytes(made.num_bytes)}, intermediate_size {subnet.num_kept_units}")
+    if gguf is not None:
+        say(f"{gguf}: {gigabytes(gguf.stat().st_size)}")
     if not made.is_plain:
         say("its weights are packed, for mlx-lm; --dequantize writes them for transformers")
 

@@ -37,7 +37,13 @@ _GEMMA_NAMES = _NAMES | {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _TENSOR_NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
-_ROPE_FACTORS = "rope_freqs.weight"
+_PARAMETER_NAME = re.compile(r"(?:model\.layers\.(\d+)\.)?([\w.]+)\.(weight|bias)")
+ROPE_FACTORS = "rope_freqs.weight"
+_LLAMA3_FREQUENCIES = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +72,7 @@ class GGUFArchitecture:
         Raises:
             ArchitectureError: the tensor is none of this family's.
         """
-        if tensor_name == _ROPE_FACTORS:
+        if tensor_name == ROPE_FACTORS:
             return None
         match = _TENSOR_NAME.fullmatch(tensor_name)
         if match is None or match[2] not in self.names:
@@ -76,6 +82,21 @@ class GGUFArchitecture:
             )
         layer, path, suffix = match[1], self.names[match[2]], match[3]
         return f"{path}.{suffix}" if layer is None else f"model.layers.{layer}.{path}.{suffix}"
+
+    def tensor_name(self, parameter_name: str) -> str:
+        """Return the GGUF name of a parameter, the inverse of ``parameter_name``.
+
+        Raises:
+            ArchitectureError: GGUF files of this family have no such tensor.
+        """
+        match = _PARAMETER_NAME.fullmatch(parameter_name)
+        parts = {path: name for name, path in self.names.items()}
+        if match is None or match[2] not in parts:
+            raise ArchitectureError(
+                f"{self.model_type} models have no GGUF tensor for {parameter_name!r}"
+            )
+        layer = "" if match[1] is None else f"blk.{match[1]}."
+        return f"{layer}{parts[match[2]]}.{match[3]}"
 
     def row_order(self, tensor_name: str, config: Config) -> mx.array | None:
         """Return the order in which to take a tensor's rows, or None to leave them.
@@ -219,7 +240,7 @@ def _rope_scaling(file: GGUFFile, config: Config) -> Config | None:
     Raises:
         CheckpointError: positions are scaled in a way that config.json cannot say.
     """
-    if _ROPE_FACTORS in file.tensors:
+    if ROPE_FACTORS in file.tensors:
         return _llama3_scaling(file, config)
     prefix = f"{file.metadata['general.architecture']}.rope.scaling"
     kind = file.metadata.get(f"{prefix}.type", "none")
@@ -240,24 +261,26 @@ def _rope_scaling(file: GGUFFile, config: Config) -> Config | None:
 
 def _llama3_scaling(file: GGUFFile, config: Config) -> Config:
     """Return the Llama 3 scaling whose divisors the file has precomputed, after checking them."""
-    tensor = file.tensors[_ROPE_FACTORS]
-    stored = np.frombuffer(file.blocks(tensor).tobytes(), np.float32)
-    factor, low, high, original = float(stored.max()), 1.0, 4.0, 8192
-    wavelengths = (
-        2
-        * np.pi
-        * config["rope_theta"] ** (np.arange(0, config["head_dim"], 2) / config["head_dim"])
-    )
-    smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
-    expected = 1 / ((1 - smooth) / factor + smooth)
+    stored = np.frombuffer(file.blocks(file.tensors[ROPE_FACTORS]).tobytes(), np.float32)
+    scaling = {"rope_type": "llama3", "factor": float(stored.max()), **_LLAMA3_FREQUENCIES}
+    expected = llama3_divisors(config | {"rope_scaling": scaling})
     if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-3):
         raise CheckpointError(
             f"{file.path}: its rope_freqs are not those of Llama 3 and cannot be converted"
         )
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
-    }
+    return scaling
+
+
+def llama3_divisors(config: Config) -> np.ndarray:
+    """Return what Llama 3 divides each rotary frequency by, (head_dim / 2,) float32.
+
+    Long wavelengths are divided by the factor, short ones are kept, those between are mixed.
+    """
+    scaling, head_dim = config["rope_scaling"], config["head_dim"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    exponents = np.arange(0, head_dim, 2) / head_dim
+    wavelengths = 2 * np.pi * config["rope_theta"] ** exponents
+    turns = scaling["original_max_position_embeddings"] / wavelengths
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    divisors = 1 / ((1 - smooth) / scaling["factor"] + smooth)
+    return np.asarray(divisors, dtype=np.float32)

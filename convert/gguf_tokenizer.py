@@ -54,7 +54,7 @@ def _split_by(pattern: str) -> Callable[[], pre_tokenizers.PreTokenizer]:
 
 
 # tokenizer.ggml.pre -> how text is cut before merging.
-_PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
+PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "gpt-2": _byte_level,
     "olmo": _byte_level,
     "smollm": _single_digits,
@@ -176,10 +176,10 @@ def _token_id(file: GGUFFile, key: str) -> int:
 def _byte_level_bpe(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     """Return a byte-level BPE tokenizer, as GPT-2 introduced it."""
     pre = file.metadata.get("tokenizer.ggml.pre")
-    if pre not in _PRE_TOKENIZERS:
+    if pre not in PRE_TOKENIZERS:
         raise CheckpointError(
             f"{file.path} has the pre-tokenizer {pre!r}; known are: "
-            f"{', '.join(sorted(_PRE_TOKENIZERS))}"
+            f"{', '.join(sorted(PRE_TOKENIZERS))}"
         )
     merges = [_pair(file, merge) for merge in _strings(file, "merges")]
     vocabulary = _vocabulary(file, tokens)
@@ -190,7 +190,7 @@ def _byte_level_bpe(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(model)
     if pre in _NORMALIZES_NFC:
         tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+    tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]()
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     return tokenizer
