@@ -1,6 +1,6 @@
-"""Every measurement of docs/latency.md in one process: JSON files into benchmarks/results/.
+"""Every measurement of docs/latency.md in one process: JSON files into benchmarks/results/latency/.
 
-    python benchmarks/latency_suite.py                 # all jobs, about five minutes on an H100
+    python benchmarks/latency_suite.py                 # all jobs, about ten minutes on an H100
     python benchmarks/latency_suite.py --only 8b-bf16  # one of them
     python benchmarks/latency_suite.py --layers 2 --repeats 1 --results /tmp/smoke
 
@@ -116,7 +116,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="cut every model to so many layers")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds; then no more")
     parser.add_argument(
-        "--results", type=Path, default=Path(__file__).parent / "results", help="folder"
+        "--results",
+        type=Path,
+        default=Path(__file__).parent / "results" / "latency",
+        help="folder",
     )
     arguments = parser.parse_args()
     if arguments.layers:

@@ -1,4 +1,4 @@
-"""Draw docs/latency-growth.png from benchmarks/results/, or print the tables of docs/latency.md.
+"""Draw docs/latency-growth.png, or print the tables of docs/latency.md, from the suite's results.
 
 python benchmarks/plot_latency.py
 python benchmarks/plot_latency.py --tables
@@ -19,7 +19,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results" / "latency"
 PICTURE = ROOT / "docs" / "latency-growth.png"
 
 Row = dict[str, Any]
@@ -53,18 +53,24 @@ def lines(axes: Axes, rows: Sequence[Row], across: str) -> None:
     axes.grid(alpha=0.3)
 
 
-def draw() -> None:
-    """Write the picture: growth with the prompt, with K and with the number of tasks."""
-    prompts, units, switch = read("8b-bf16"), read("8b-bf16-units"), read("switch-8b-bf16")
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.2), dpi=130)
-    lines(left, prompts["rows"], "prompt_tokens")
-    left.set_xlabel("prompt tokens")
-    left.legend(frameon=False, fontsize=8)
-    left.set_title("prompt (K = 1536 of 14336)")
-    lines(middle, units["rows"], "num_kept_units")
-    middle.set_xlabel("FFN units kept, of 14336")
-    middle.set_title("K (4096 prompt tokens)")
-    rows = switch["rows"]
+def draw_prompts(axes: Axes) -> None:
+    """Draw growth with the prompt."""
+    lines(axes, read("8b-bf16")["rows"], "prompt_tokens")
+    axes.set_xlabel("prompt tokens")
+    axes.legend(frameon=False, fontsize=8)
+    axes.set_title("prompt (K = 1536 of 14336)")
+
+
+def draw_units(axes: Axes) -> None:
+    """Draw growth with the FFN units kept."""
+    lines(axes, read("8b-bf16-units")["rows"], "num_kept_units")
+    axes.set_xlabel("FFN units kept, of 14336")
+    axes.set_title("K (4096 prompt tokens)")
+
+
+def draw_tasks(axes: Axes) -> None:
+    """Draw growth with the number of tasks at hand."""
+    rows = read("switch-8b-bf16")["rows"]
     tasks = [row["num_tasks"] for row in rows]
     labels = {
         "stay": "same task",
@@ -74,18 +80,29 @@ def draw() -> None:
     }
     for key, label in labels.items():
         times = [row[key]["median_s"] * 1e3 for row in rows]
-        right.plot(tasks, times, marker="o", label=label)
-    right.set_xlabel("tasks at hand")
-    right.set_ylabel("time to first token, ms (64 prompt tokens)")
-    right.set_ylim(bottom=0)
-    right.grid(alpha=0.3)
-    memory = right.twinx()
-    memory.plot(tasks, [row["added_bytes"] / 1e9 for row in rows], "k--", label="memory")
+        axes.plot(tasks, times, marker="o", label=label)
+    axes.set_xlabel("tasks at hand")
+    axes.set_ylabel("time to first token, ms (64 prompt tokens)")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    memory = axes.twinx()
+    memory.plot(tasks, [row["added_bytes"] / 1e9 for row in rows], "k--")
     memory.set_ylabel("memory of all tasks, GB (dashed)")
     memory.set_ylim(bottom=0)
-    right.legend(frameon=False, fontsize=8)
-    right.set_title("tasks")
-    machine = prompts["machine"]
+    axes.legend(frameon=False, fontsize=8)
+    axes.set_title("tasks")
+
+
+def draw() -> None:
+    """Write the picture: growth with the prompt, with K where it was swept, and with tasks."""
+    panels = [draw_prompts, draw_tasks]
+    units = read("8b-bf16-units")["rows"]
+    if len({row["num_kept_units"] for row in units}) > 2:
+        panels.insert(1, draw_units)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4.2), dpi=130)
+    for panel, one in zip(panels, axes, strict=True):
+        panel(one)
+    machine = read("8b-bf16")["machine"]
     figure.suptitle(
         f"Llama-3.1-8B shape, bfloat16, {machine['device']}, mlx {machine['mlx']}", fontsize=10
     )
