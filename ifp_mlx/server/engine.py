@@ -5,6 +5,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import queue
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -96,6 +97,10 @@ class SubNetworkProvider:
             self.assistant.set_exception(error)
         else:
             self.tokenizer = assistant.tokenizer
+            # Sub-networks of one model are of one kind, and mlx-lm asks before it loads one.
+            self.is_batchable = self.cli_args.decode_concurrency > 1 and all(
+                hasattr(layer, "merge") for layer in make_prompt_cache(assistant.dense().model)
+            )
             self.assistant.set_result(assistant)
 
     def load(self, choice: SubnetChoice, adapter: str, draft: str) -> tuple[Any, Any]:
@@ -117,9 +122,6 @@ class SubNetworkProvider:
         self.subnet = subnet
         self.model = subnet.model
         self.model_key = hashlib.sha256(units).digest()
-        self.is_batchable = self.cli_args.decode_concurrency > 1 and all(
-            hasattr(layer_cache, "merge") for layer_cache in make_prompt_cache(subnet.model)
-        )
         return self.model, self.tokenizer
 
     def reset(self) -> None:
@@ -187,6 +189,7 @@ class Engine:
 
     def __init__(self, prepare: Prepare, options: EngineOptions):
         self._provider = SubNetworkProvider(prepare, options)
+        self._replies: weakref.WeakSet[Reply] = weakref.WeakSet()
         caches = _KVCaches(MAX_KV_CACHES, options.prompt_cache_bytes)
         # It reads attributes and calls load: anything that has those will do.
         self._generator = ResponseGenerator(self._provider, caches)  # type: ignore[arg-type]
@@ -221,12 +224,15 @@ class Engine:
                 code="context_length_exceeded",
             )
         reply = Reply(request.stop, self._fingerprint)
+        self._replies.add(reply)
         arguments = _generation_arguments(choice, request.sampling, min(request.max_tokens, room))
         self._generator.requests.put((reply, self._completion_request(request), arguments))
         return reply
 
     def stop(self) -> None:
         """End the generation thread and wait for that; replies in the making are cut off."""
+        for reply in list(self._replies):
+            reply.abandon()
         self._generator.stop_and_join()
 
     def _fingerprint(self) -> str:

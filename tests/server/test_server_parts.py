@@ -2,6 +2,7 @@
 
 import itertools
 import queue
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,11 +14,18 @@ from mlx_lm.generate import TextStateMachine
 from mlx_lm.models.cache import KVCache
 from mlx_lm.server import GenerationContext, Response
 
+from ifp_mlx.assistant import Assistant
 from ifp_mlx.errors import UsageError
-from ifp_mlx.server.catalog import ModelCatalog
-from ifp_mlx.server.engine import _KVCaches, _RequestQueue
+from ifp_mlx.server.api_error import APIError
+from ifp_mlx.server.catalog import ModelCatalog, SubnetChoice
+from ifp_mlx.server.engine import Engine, EngineOptions, _KVCaches, _RequestQueue
 from ifp_mlx.server.http import Limits
 from ifp_mlx.server.replies import Piece, Reply, StopStrings
+from ifp_mlx.server.requests import (
+    GenerationRequest,
+    RequestDefaults,
+    parse_completion_request,
+)
 
 
 @given(
@@ -130,6 +138,37 @@ def test_kv_caches_do_not_hold_the_batch_that_they_come_from() -> None:
     caches.insert_cache(b"units", [1, 2, 3], [kv_cache(mx.contiguous(batch[:1, :, :3]))])
     del batch
     assert mx.get_active_memory() - before_bytes < 10_000
+
+
+def long_request(**changes: Any) -> GenerationRequest:
+    body = {"model": "tiny", "prompt": "a long story", "max_tokens": 450, **changes}
+    return parse_completion_request(body, RequestDefaults(16, 0.0, 512))
+
+
+def test_stopping_the_engine_cuts_answers_off(checkpoint_folder: Path) -> None:
+    engine = Engine(lambda: (Assistant.load(checkpoint_folder), 64), EngineOptions())
+    try:
+        reply = engine.start(long_request(seed=3), SubnetChoice("dense"))
+        pieces = reply.pieces(60, lambda: None)
+        next(pieces)
+    finally:
+        engine.stop()
+    assert not engine.is_healthy
+    with pytest.raises(APIError, match="cut off"):
+        list(pieces)
+    assert reply.completion_tokens < 450
+
+
+def test_the_first_request_can_share_a_batch(engine: Engine) -> None:
+    assert engine._provider.is_batchable
+
+
+def test_an_engine_that_cannot_be_prepared_says_why() -> None:
+    def prepare() -> tuple[Assistant, int]:
+        raise UsageError("no such model")
+
+    with pytest.raises(UsageError, match="no such model"):
+        Engine(prepare, EngineOptions())
 
 
 def test_requests_for_one_sub_network_are_taken_together() -> None:
