@@ -55,13 +55,18 @@ class ChatMarkdown(Markdown):
     }
 
 
+# Lines as the parser counts them; str.splitlines knows more kinds.
+_LINES = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
 _parser = MarkdownIt().enable("table")
 
 
 def split_blocks(text: str) -> list[str]:
     """Return the top-level blocks of a Markdown text; only the last one may still grow."""
     starts = [token.map[0] for token in _parser.parse(text) if token.level == 0 and token.map]
-    lines = text.splitlines(keepends=True)
+    if not text:
+        return []
+    starts[:1] = [0]  # blank lines at the beginning, or nothing but them, are of the first block
+    lines = _LINES.findall(text)
     return [
         "".join(lines[start:end])
         for start, end in zip(starts, [*starts[1:], len(lines)], strict=True)

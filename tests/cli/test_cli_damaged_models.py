@@ -42,7 +42,8 @@ def with_code(folder: Path) -> None:
 
 def not_a_number(folder: Path) -> None:
     path = folder / "model.safetensors"
-    weights = dict(mx.load(str(path)))
+    weights = mx.load(str(path))
+    assert isinstance(weights, dict)
     name = "model.layers.1.mlp.up_proj.weight"
     weights[name] = weights[name] * float("nan")
     mx.eval(weights)

@@ -1,0 +1,73 @@
+"""How much do messages have in common with the sub-network of their own task, and of others?
+
+For each domain with a task description, prompts of the evaluation data select units, which are
+compared with those that the domain's own description and all others select: what a threshold for
+``--drift`` can tell apart. The last line is the result as JSON.
+
+    python benchmarks/drift.py eval --model smollm2-135m --prompts 8
+"""
+
+from ifp_mlx.blas import prefer_openblas
+
+prefer_openblas()  # before mlx is imported
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import ifp_mlx  # noqa: E402
+from ifp_mlx.assistant import Assistant  # noqa: E402
+from ifp_mlx.convert.registry import resolve_model  # noqa: E402
+from ifp_mlx.selection import Selection  # noqa: E402
+
+DESCRIPTIONS = Path(ifp_mlx.__file__).parent / "data" / "task_descriptions.json"
+
+
+def overlap(one: Selection, other: Selection) -> float:
+    """Return the share of units in common, mean over layers."""
+    return float(one.overlap(other).mean().item())  # type: ignore[arg-type]
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path, help="folder with one DOMAIN.jsonl a domain")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--keep-units", type=int, default=None)
+    parser.add_argument("--prompts", type=int, default=8, help="from each domain")
+    arguments = parser.parse_args()
+    assistant = Assistant.load(resolve_model(arguments.model))
+    kept = arguments.keep_units or assistant.default_num_kept_units
+    descriptions = {
+        domain: text
+        for domain, text in json.loads(DESCRIPTIONS.read_text()).items()
+        if not domain.startswith("lm_") and (arguments.data / f"{domain}.jsonl").exists()
+    }
+    tasks = {domain: assistant.select_for(text, kept) for domain, text in descriptions.items()}
+    rows = {}
+    for domain in descriptions:
+        with (arguments.data / f"{domain}.jsonl").open() as file:
+            prompts = [json.loads(next(file))["prompt"] for _ in range(arguments.prompts)]
+        selected = [assistant.select_for(prompt, kept) for prompt in prompts]
+        own = [overlap(selection, tasks[domain]) for selection in selected]
+        others = [
+            overlap(selection, task)
+            for selection in selected
+            for other, task in tasks.items()
+            if other != domain
+        ]
+        rows[domain] = {"own": own, "others": others}
+    print(f"{assistant.selector_name}, K = {kept}, {arguments.prompts} prompts a domain\n")
+    print("| messages of | own task, lowest | own task, mean | other tasks, mean | highest |")
+    print("|---|---|---|---|---|")
+    for domain, row in rows.items():
+        own, others = row["own"], row["others"]
+        print(
+            f"| {domain} | {min(own):.3f} | {sum(own) / len(own):.3f} "
+            f"| {sum(others) / len(others):.3f} | {max(others):.3f} |"
+        )
+    print(json.dumps({"num_kept_units": kept, "domains": rows}))
+
+
+if __name__ == "__main__":
+    main()
