@@ -65,6 +65,13 @@ def convert(
             show_default="64",
         ),
     ] = None,
+    unit_major: Annotated[
+        bool,
+        typer.Option(
+            "--unit-major",
+            help="Also store the FFN units one by one, as ifp prepare does, for fast loading.",
+        ),
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the output folder if it exists.")
     ] = False,
@@ -98,6 +105,7 @@ def convert(
             output,
             dtype=dtype_named(dtype),
             quantization=quantization,
+            unit_major=unit_major,
             overwrite=force,
             origin=origin,
             progress=progress,

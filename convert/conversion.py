@@ -15,6 +15,7 @@ from ifp_mlx.convert.quantize import Quantization, write_quantized
 from ifp_mlx.errors import CheckpointError
 from ifp_mlx.files import require_free_disk, staged_directory
 from ifp_mlx.origin import Origin, read_origin, write_origin
+from ifp_mlx.unit_major import write_side_file
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -40,6 +41,7 @@ def convert_checkpoint(
     *,
     dtype: mx.Dtype | None = None,
     quantization: Quantization | None = None,
+    unit_major: bool = False,
     overwrite: bool = False,
     origin: Origin | None = None,
     progress: Progress = no_progress,
@@ -52,6 +54,7 @@ def convert_checkpoint(
         dtype: floating type of the result. None keeps a directory's own; for a GGUF file it is
             float32 (exact) on the CPU, where nothing else is fast, and bfloat16 on a GPU.
         quantization: quantize the result; packed tensors of the source are packed anew.
+        unit_major: also store the FFN units one by one, as ``ifp prepare`` does.
         overwrite: replace ``target`` if it exists.
         origin: where the values come from, to be kept with them.
         progress: called while reading and writing.
@@ -90,6 +93,8 @@ def convert_checkpoint(
         # What is put in place can be read by mlx-lm.
         _, config = load_model(staging, lazy=True)
         load_tokenizer(staging)
+        if unit_major:
+            write_side_file(staging, on_bytes=lambda *amounts: progress("preparing", *amounts))
         num_bytes = sum(tensor.num_bytes for tensor in stored_tensors(staging).values())
     return Conversion(target, config["model_type"], num_bytes, str(config.get("torch_dtype")))
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -19,6 +20,7 @@ from mlx.utils import tree_flatten
 
 from ifp_mlx.errors import CheckpointError, ConfigError
 from ifp_mlx.ffn import ffn_layout
+from ifp_mlx.packed_layers import check_packed_layers, check_quantization
 from ifp_mlx.tensor_files import StoredTensor, read_header
 
 if TYPE_CHECKING:
@@ -134,15 +136,29 @@ def load_model(
         ConfigError: config.json lacks what the family needs.
         ArchitectureError: the family is not in the FFN table.
     """
-    from mlx_lm.utils import dequantize_model
+    from mlx_lm.utils import _get_classes, dequantize_model
     from mlx_lm.utils import load_model as load_mlx_model
+
+    def checked_classes(config: dict[str, Any]) -> tuple[Callable[[Any], nn.Module], type]:
+        model_class, arguments_class = _get_classes(config)
+
+        def build(arguments: Any) -> nn.Module:
+            model: nn.Module = model_class(arguments)
+            check_packed_layers(model, tensors)
+            return model
+
+        return build, arguments_class
 
     config = read_config(path)
     tensors = stored_tensors(path)
     _check_layer_count(path, config, tensors)
     try:
+        if "quantization" in config:
+            check_quantization(config["quantization"])
         rope = {key: config[key] for key in _ROPE_KEYS if key in config}
-        model, config = load_mlx_model(path, lazy=True, model_config=rope)
+        model, config = load_mlx_model(
+            path, lazy=True, model_config=rope, get_model_classes=cast(Any, checked_classes)
+        )
     except Exception as error:  # mlx-lm reports a bad checkpoint with whatever comes first
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(

@@ -267,6 +267,84 @@ def test_layer_count_that_disagrees_is_refused_at_once(
         load_model(folder)
 
 
+def packed_checkpoint(folder: Path) -> dict[str, mx.array]:
+    """Quantize a checkpoint in place and return its arrays."""
+    from mlx_lm.utils import quantize_model, save_config, save_model
+
+    model, config = quantize_model(*load_model(folder), group_size=32, bits=4)
+    save_model(folder, model)
+    save_config(config, folder / "config.json")
+    weights = mx.load(str(folder / "model.safetensors"))
+    assert isinstance(weights, dict)
+    return weights
+
+
+PACKED_DAMAGE: dict[str, tuple[str, tuple[int, ...], str]] = {
+    "more scales": ("scales", (192, 2), "has 4 bits in groups of 16, no format of mlx"),
+    "scales do not divide": ("scales", (192, 3), "has 32 columns, which its packed weight"),
+    "no scales": ("scales", (192, 0), "has 32 columns, which its packed weight"),
+    "fewer rows": ("scales", (96, 1), "has 192 rows, its packed weight"),
+    "flat scales": ("scales", (192,), "has 192 rows, its packed weight"),
+    "wide codes": ("weight", (192, 64), "has 64 bits in groups of 32, no format of mlx"),
+    "no codes": ("weight", (192, 0), "has 0 bits in groups of 32, no format of mlx"),
+    "other rows": ("weight", (191, 4), "has 192 rows, its packed weight"),
+    "flat codes": ("weight", (768,), "has scales but no packed weight"),
+    "biases": ("biases", (192, 2), "shape"),
+}
+
+
+@pytest.mark.parametrize(("part", "shape", "message"), PACKED_DAMAGE.values(), ids=PACKED_DAMAGE)
+def test_packed_weights_of_the_wrong_shape_are_one_line(
+    tiny_checkpoint: CheckpointFactory, part: str, shape: tuple[int, ...], message: str
+) -> None:
+    folder = tiny_checkpoint()
+    weights = packed_checkpoint(folder)
+    name = f"model.layers.1.mlp.up_proj.{part}"
+    damaged = weights | {name: mx.zeros(shape, weights[name].dtype)}
+    mx.save_safetensors(str(folder / "model.safetensors"), damaged, {"format": "mlx"})
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_model(folder)
+    assert "config.json and the weights disagree" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("changes", [{"hidden_size": 16}, {"intermediate_size": 96}], ids=str)
+def test_config_that_disagrees_with_packed_weights_is_one_line(
+    tiny_checkpoint: CheckpointFactory, changes: dict[str, Any]
+) -> None:
+    folder = tiny_checkpoint()
+    packed_checkpoint(folder)
+    edit_config(folder, **changes)
+    with pytest.raises(CheckpointError, match=r"config\.json and the weights disagree"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bits": 4},
+        {"group_size": 32, "bits": 7, "mode": "affine"},
+        {"group_size": 32, "bits": 4, "mode": "none"},
+        {"group_size": 0, "bits": 4},
+        {"group_size": 16, "bits": 4, "mode": "affine"},
+        {"group_size": 32, "bits": 4, "model.layers.0.mlp.up_proj": {"bits": 4, "group_size": 0}},
+        {"group_size": 32, "bits": 4, "model.layers.0.mlp.up_proj": {"bits": 8, "group_size": 32}},
+        [],
+        "4",
+    ],
+    ids=str,
+)
+def test_quantization_settings_that_disagree_are_one_line(
+    tiny_checkpoint: CheckpointFactory, settings: object
+) -> None:
+    folder = tiny_checkpoint()
+    packed_checkpoint(folder)
+    edit_config(folder, quantization=settings, quantization_config=settings)
+    with pytest.raises(CheckpointError, match=r"config\.json and the weights disagree") as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
+
+
 def write_index(folder: Path, weight_map: Any) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 

@@ -16,6 +16,7 @@ from ifp_mlx.convert.conversion import convert_checkpoint
 from ifp_mlx.errors import CheckpointError, ResourceError, UsageError
 from ifp_mlx.files import staged_directory
 from ifp_mlx.origin import Origin, read_origin, write_origin
+from ifp_mlx.unit_major import side_file_is_current
 
 CheckpointFactory = Callable[..., Path]
 TOKENS = mx.array([[3, 60, 5, 41, 99]])
@@ -160,6 +161,15 @@ def test_damaged_origin_is_one_line(tiny_checkpoint: CheckpointFactory) -> None:
         (folder / "ifp" / "origin.json").write_text(content)
         with pytest.raises(CheckpointError, match=r"origin\.json is damaged"):
             read_origin(folder)
+
+
+def test_units_can_be_stored_one_by_one_at_once(
+    tiny_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    source = tiny_checkpoint()
+    assert not side_file_is_current(convert_checkpoint(source, tmp_path / "plain").path)
+    made = convert_checkpoint(source, tmp_path / "out", unit_major=True)
+    assert side_file_is_current(made.path)
 
 
 # Staging
