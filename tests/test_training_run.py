@@ -23,6 +23,7 @@ from ifp_mlx.training.config import (
     TrainingConfig,
     WarmStartConfig,
 )
+from ifp_mlx.training.curves import draw_curves
 from ifp_mlx.training.run import load_run_config, run_training
 
 # Two-bit changes of the weights and eight-bit codes of the head, against the trained model.
@@ -77,6 +78,8 @@ def test_run_writes_an_adapter_that_predicts_like_the_trained_model(
     log = [json.loads(line) for line in outcome.log.read_text().splitlines()]
     assert log[-1]["evaluation"] == figures[-1]
     assert [record["step"] for record in log if "grad_norm" in record][:3] == [1, 2, 3]
+    draw_curves({"run": outcome.log}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     base, _ = load_model(Path(config.model))
     adapter = load_adapter(outcome.adapter)
     predictor = adapter.predictor(base)
@@ -125,3 +128,8 @@ def test_run_refuses_what_it_cannot_do(config: TrainingConfig, tmp_path: Path) -
     lost = dataclasses.replace(config.data, descriptions=str(tmp_path / "none.json"))
     with pytest.raises(DataError, match="no file of task descriptions"):
         run_training(dataclasses.replace(config, data=lost), tmp_path / "new")
+
+
+def test_curves_need_a_log(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is no training log"):
+        draw_curves({"run": tmp_path / "none.jsonl"}, tmp_path / "curves.png")

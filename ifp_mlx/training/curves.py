@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ifp_mlx.errors import DataError, UsageError
+from ifp_mlx.files import atomic_path
 
 _SMOOTHING = 0.9
 
@@ -29,24 +30,23 @@ def draw_curves(logs: dict[str, Path], target: Path) -> None:
         UsageError: matplotlib is not installed.
     """
     try:
-        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
     except ImportError:
-        raise UsageError("curves need matplotlib: install ifp-mlx[plots]") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+        raise UsageError("curves need matplotlib: pip install 'ifp-mlx[plots]'") from None
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
     for name, path in logs.items():
-        records = [record for record in read_log(path) if "loss" in record]
+        # Records of steps; the warm start's have a loss of their own, and no tokens.
+        records = [record for record in read_log(path) if "tokens" in record]
         tokens = [record["tokens"] / 1e6 for record in records]
         axes.plot(tokens, _smoothed([record["loss"] for record in records]), label=name)
     axes.set_xlabel("training tokens (millions)")
     axes.set_ylabel("loss (nats a token, smoothed)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(target, dpi=120)
-    pyplot.close(figure)
+    with atomic_path(target) as temporary:
+        FigureCanvasAgg(figure).print_png(str(temporary), metadata={"Software": None})
 
 
 def _smoothed(values: list[float]) -> list[float]:
