@@ -12,6 +12,7 @@ import typer
 
 from ifp_mlx import __version__
 from ifp_mlx.cli import (
+    bench,
     cache,
     calibrate,
     chat,
@@ -26,6 +27,7 @@ from ifp_mlx.cli import (
     quantize,
     serve,
     tasks,
+    train,
 )
 from ifp_mlx.cli.terminal import complain
 from ifp_mlx.errors import IFPError, UsageError
@@ -80,8 +82,10 @@ app.command("export")(export.export)
 app.command("prepare")(prepare.prepare)
 app.command("calibrate")(calibrate.calibrate)
 app.command("serve")(serve.serve)
+app.command("train")(train.train)
 app.command("eval")(eval.evaluate)
 app.command("overlap")(overlap.overlap)
+app.add_typer(bench.app, name="bench")
 app.command("doctor")(doctor.doctor)
 
 # Typer carries its own copy of click, of which this exception is the public name.

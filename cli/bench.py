@@ -9,7 +9,9 @@ from ifp_mlx.cli.options import AsJson
 from ifp_mlx.cli.terminal import print_json, say
 
 app = typer.Typer(
-    no_args_is_help=True, help="Measure latency, slicing and task switching on this machine."
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Measure latency, slicing and task switching on this machine.",
 )
 
 ShapeName = Annotated[
@@ -34,7 +36,7 @@ KeepUnits = Annotated[
     typer.Option("--keep-units", metavar="K", help="FFN units to keep; may be repeated."),
 ]
 Bits = Annotated[
-    int, typer.Option("--bits", metavar="N", help="16 for plain weights; 8 or 4 quantizes them.")
+    int, typer.Option("--bits", metavar="N", help="16 for plain weights; fewer quantizes them.")
 ]
 DType = Annotated[
     str, typer.Option("--dtype", metavar="TYPE", help="bfloat16, float16 or float32.")
