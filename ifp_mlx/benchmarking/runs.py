@@ -23,8 +23,11 @@ from ifp_mlx.benchmarking.switching import measure_switching
 from ifp_mlx.benchmarking.timing import Repeats, copy_bandwidth, machine
 from ifp_mlx.errors import UsageError
 from ifp_mlx.gather import laid_out_for_slicing, with_unit_major_downs
+from ifp_mlx.subnetwork import compute_dtype
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
+
+_BITS = (2, 3, 4, 5, 6, 8, 16)
 
 SEED = 7
 
@@ -59,8 +62,9 @@ class ModelOptions:
     unit_major: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.bits not in (16, 8, 4):
-            raise UsageError(f"--bits must be 16, 8 or 4, not {self.bits}")
+        if self.bits not in _BITS:
+            known = ", ".join(map(str, _BITS))
+            raise UsageError(f"--bits must be one of {known}, not {self.bits}")
         if self.dtype not in DTYPES:
             raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, not {self.dtype}")
 
@@ -87,10 +91,10 @@ def run_latency(
     """
     mx.random.seed(SEED)
     shapes = _shapes(options)
+    dense, options = _load_or_build(options, shapes[0])
     facts = _facts(options, repeats)
     bandwidth = copy_bandwidth(_COPY_BYTES[facts["machine"]["backend"]], Repeats(9, 3))
     facts |= {"decode_repeats": decode_repeats, "copy_bytes_per_s": bandwidth}
-    dense = _dense_model(options, shapes[0])
     source = _source_model(options, dense)
     rows: list[Row] = []
     content = document("latency", facts, rows)
@@ -141,7 +145,8 @@ def run_switching(
     shape = _shapes(options)[0]
     num_kept_units = shape.compact().num_kept_units
     assert num_kept_units is not None  # else compact() has raised
-    source = _source_model(options, _dense_model(options, shape))
+    dense, options = _load_or_build(options, shape)
+    source = _source_model(options, dense)
     rows = measure_switching(
         source,
         _predictor(options, shape),
@@ -168,11 +173,19 @@ def _shapes(options: ModelOptions) -> list[Shape]:
     return [find_shape(name, kept) for kept in options.num_kept_units or (None,)]
 
 
-def _dense_model(options: ModelOptions, shape: Shape) -> nn.Module:
+def _load_or_build(options: ModelOptions, shape: Shape) -> tuple[nn.Module, ModelOptions]:
+    """Return the dense model, and the options with the bits and the type that it really has."""
     if options.checkpoint_path is None:
-        return build_model(shape.config, DTYPES[options.dtype], options.bits)
-    model, _ = checkpoint.load_model(options.checkpoint_path)
-    return model
+        return build_model(shape.config, DTYPES[options.dtype], options.bits), options
+    model, _ = checkpoint.load_model(options.checkpoint_path, "auto")
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    dtype = names[compute_dtype(model)]
+    return model, dataclasses.replace(options, bits=_bits_of(model), dtype=dtype)
+
+
+def _bits_of(model: nn.Module) -> int:
+    quantized = [m for _, m in model.named_modules() if isinstance(m, nn.QuantizedLinear)]
+    return int(quantized[0].bits) if quantized else 16
 
 
 def _source_model(options: ModelOptions, dense: nn.Module) -> nn.Module:
