@@ -8,6 +8,7 @@ tokenizer files. Everything is validated before mlx-lm reads it; what does not f
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -36,6 +37,11 @@ _GPT2_SIZES = ("n_embd", "n_head", "n_layer", "n_positions", "vocab_size")
 _SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
 )  # fmt: skip
+_NUMBERS = (
+    "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "rope_theta",
+    "rope_local_base_freq", "query_pre_attn_scalar", "attn_logit_softcapping",
+    "final_logit_softcapping", "partial_rotary_factor", "logit_scale",
+)  # fmt: skip
 _LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
 # Of config.json: says who wrote the file or how to compute, not what the model is.
 _UNIDENTIFYING = frozenset({"_name_or_path", "transformers_version", "torch_dtype", "dtype"})
@@ -52,7 +58,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: ``path`` is no checkpoint directory, or wants to run code of its own.
-        ConfigError: config.json lacks a size or has one that is not a positive integer.
+        ConfigError: config.json lacks a size or has one that is not a positive integer, or a
+            setting that is not a number.
         ArchitectureError: the family is not in the FFN table.
     """
     if not path.is_dir():
@@ -81,6 +88,10 @@ def read_config(path: Path) -> dict[str, Any]:
         size = config[key]
         if isinstance(size, bool) or not isinstance(size, int) or not 0 < size < _MAX_SIZE:
             raise ConfigError(f"{path}/config.json: {key} is {size!r}, not a positive integer")
+    for key in _NUMBERS:
+        number = config.get(key)
+        if number is not None and (type(number) not in (int, float) or not math.isfinite(number)):
+            raise ConfigError(f"{path}/config.json: {key} is {number!r}, not a number")
     generation = path / "generation_config.json"
     if generation.exists() and (end_ids := _read_json(generation).get("eos_token_id")):
         config["eos_token_id"] = end_ids

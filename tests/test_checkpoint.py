@@ -161,6 +161,16 @@ def test_read_config_refuses_a_size_that_is_none(
         read_config(folder)
 
 
+@pytest.mark.parametrize("value", ["1e-5", True, [], {}, float("inf"), float("nan")], ids=str)
+def test_read_config_refuses_a_setting_that_is_no_number(
+    tiny_checkpoint: CheckpointFactory, value: object
+) -> None:
+    folder = tiny_checkpoint()
+    edit_config(folder, rms_norm_eps=value)
+    with pytest.raises(ConfigError, match=r"rms_norm_eps is .*, not a number"):
+        read_config(folder)
+
+
 @pytest.mark.parametrize("key", ["model_file", "auto_map"])
 def test_read_config_refuses_code_of_the_checkpoint(
     tiny_checkpoint: CheckpointFactory, key: str
