@@ -61,10 +61,10 @@ def calibrate(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Measure which FFN units matter on your text: the prior of the static and blend selectors.
+    """Measure which FFN units matter on your text.
 
-    One pass, one example at a time. Take text like what the model will be used for, never the
-    text that you will evaluate on.
+    Makes the prior of the static and blend selectors. One pass, one example at a time. Take text
+    like what the model will be used for, never the text that you will evaluate on.
     """
     from ifp_mlx.convert.registry import resolve_model
 

@@ -153,7 +153,7 @@ class _ChatLoop:
         self._drops_oldest = drops_oldest
         self._drift = drift
         self._retasks = retasks
-        self._commands: ChatCommands = ChatCommands(chat, sessions_folder(), _model_names)
+        self._commands: ChatCommands = ChatCommands(chat, sessions_folder(), options.model_names)
         self._toolbar_line = ""
         self._reader: Reader = self._make_reader()
 
@@ -278,9 +278,3 @@ class _ChatLoop:
         meter = context_meter(chat.num_context_tokens, chat.assistant.context_length)
         units = f"{chat.subnet.num_kept_units}/{chat.subnet.num_units} units" if chat.subnet else ""
         return " · ".join(part for part in (meter, units, chat.task, chat.model_name) if part)
-
-
-def _model_names() -> list[str]:
-    from ifp_mlx.home import models_folder
-
-    return sorted(path.parent.name for path in models_folder().glob("*/config.json"))

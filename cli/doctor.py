@@ -29,7 +29,7 @@ def doctor(
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Tell versions, backend, memory, folders, models and what would fit."""
+    """Check this machine: what it has, and what fits on it."""
     with working("looking around"):
         facts: dict[str, Any] = {
             "versions": _versions(),

@@ -7,11 +7,28 @@ import typer
 
 DEFAULT_MODEL = "smollm2-135m"
 
+
+def model_names() -> list[str]:
+    """Return the names of the models that were pulled."""
+    from ifp_mlx.home import models_folder
+
+    return sorted(path.parent.name for path in models_folder().glob("*/config.json"))
+
+
+def session_names() -> list[str]:
+    """Return the names of the saved chats, the latest first."""
+    from ifp_mlx.home import sessions_folder
+    from ifp_mlx.sessions import list_sessions
+
+    return [summary.name for summary in list_sessions(sessions_folder())]
+
+
 Model = Annotated[
     str,
     typer.Option(
         "--model",
         envvar="IFP_MODEL",
+        autocompletion=model_names,
         metavar="MODEL",
         help="A model that ifp pull or ifp convert made: its name, or its folder.",
     ),

@@ -54,7 +54,10 @@ def tasks(
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Group the cached tasks into families by what their sub-networks have in common."""
+    """Show which cached tasks are of a kind.
+
+    Grouped into families by what their sub-networks have in common.
+    """
     if png is not None and png.suffix != ".png":
         raise UsageError(f"--png writes a .png file, not {png.name}")
     groups = _groups()

@@ -98,3 +98,31 @@ def test_closed_pipe_ends_quietly(word_model: Path, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "Broken pipe" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "position", "expected"),
+    [
+        ("ifp ca", "1", {"cache", "calibrate"}),
+        ("ifp generate --model ", "3", {"small"}),
+        ("ifp chat --session ", "3", {"thesis"}),
+    ],
+)
+def test_shell_completion_knows_commands_models_and_chats(
+    tmp_path: Path, words: str, position: str, expected: set[str]
+) -> None:
+    from ifp_mlx.sessions import Session, SessionSettings
+
+    (tmp_path / "models" / "small").mkdir(parents=True)
+    (tmp_path / "models" / "small" / "config.json").write_text("{}")
+    session = Session.new(tmp_path / "sessions", SessionSettings("small"), "thesis")
+    session.add_message("user", "x")
+    session.close()
+    asked = {"_IFP_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": position}
+    done = subprocess.run(
+        [sys.executable, "-c", "from ifp_mlx.cli.app import main; main()"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **asked, "IFP_HOME": str(tmp_path)},
+    )
+    assert set(done.stdout.split()) == expected
