@@ -55,7 +55,10 @@ def chat(
     session_name: Annotated[
         str | None,
         typer.Option(
-            "--session", metavar="NAME", help="Continue the chat of this name, or begin it."
+            "--session",
+            metavar="NAME",
+            autocompletion=options.session_names,
+            help="Continue the chat of this name, or begin it.",
         ),
     ] = None,
     no_save: Annotated[

@@ -99,6 +99,8 @@ def test_split_blocks_keeps_every_character() -> None:
     assert split_blocks("") == []
 
 
-@pytest.mark.parametrize("text", ["\n", " \n\n", "\n\ntext", "[a]: http://b.c\n", "\n```", "a\x0cb\u2028c"])
+@pytest.mark.parametrize(
+    "text", ["\n", " \n\n", "\n\ntext", "[a]: http://b.c\n", "\n```", "a\x0cb\u2028c"]
+)
 def test_split_blocks_takes_texts_without_a_block(text: str) -> None:
     assert split_blocks(text) == [text]
