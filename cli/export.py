@@ -16,9 +16,10 @@ from ifp_mlx.cli.loading import (
     describe_subnetwork,
     load_assistant,
 )
+from ifp_mlx.cli.measuring import measuring
 from ifp_mlx.cli.progress import bytes_progress
 from ifp_mlx.cli.quantize import Mode
-from ifp_mlx.cli.terminal import gigabytes, print_json, say, working
+from ifp_mlx.cli.terminal import gigabytes, print_json, say
 from ifp_mlx.errors import UsageError
 
 if TYPE_CHECKING:
@@ -168,6 +169,7 @@ def export(
         num_layers=subnet.selection.num_layers,
         active_parameters=subnet.active_parameters,
         total_parameters=subnet.total_parameters,
+        adapted=assistant.adapter is not None and assistant.selector_name == "predictor",
         compensated=compensate,
         requantization_error=subnet.requantization_error,
         quality=_measure(assistant, subnet, data, limit) if data is not None else {},
@@ -244,9 +246,15 @@ def _measure(
 
     domains = load_held_out(data, assistant.tokenizer, limit)
     examples = [example for domain in domains.values() for example in domain]
-    with working(f"measuring on {len(examples)} examples"):
-        dense = evaluate(assistant.dense().model, examples, lambda batch: None)
-        compact = evaluate(subnet.model, examples, lambda batch: None)
+    with measuring() as progress:
+        dense = evaluate(
+            assistant.dense().model, examples, lambda batch: None,
+            progress=lambda done, total: progress("dense", done, total),
+        )  # fmt: skip
+        compact = evaluate(
+            subnet.model, examples, lambda batch: None,
+            progress=lambda done, total: progress("sub-network", done, total),
+        )  # fmt: skip
     return {
         domain: MeasuredQuality(
             dense[domain].cross_entropy, compact[domain].cross_entropy, dense[domain].num_tokens

@@ -29,6 +29,7 @@ class ModelCard:
         num_layers: L.
         active_parameters: of the sub-network.
         total_parameters: of the dense model.
+        adapted: an IFP adapter has changed the weights that were cut.
         compensated: the removed units' mean contribution is in the biases.
         requantization_error: relative error of packed down projections, 0 if they are exact.
         quality: domain -> cross-entropy, where it was measured.
@@ -43,6 +44,7 @@ class ModelCard:
     num_layers: int
     active_parameters: int
     total_parameters: int
+    adapted: bool = False
     compensated: bool = False
     requantization_error: float = 0.0
     quality: Mapping[str, MeasuredQuality] = dataclasses.field(default_factory=dict)
@@ -66,6 +68,8 @@ class ModelCard:
             "Selector": self.selector,
             "Parameters": f"{self.active_parameters:,} of {self.total_parameters:,}",
         }
+        if self.adapted:
+            facts["Weights"] = "changed by an IFP adapter, then cut"
         if self.compensated:
             facts["Bias compensation"] = "yes: mean contribution of the removed units"
         if self.requantization_error:
