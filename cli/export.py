@@ -105,7 +105,7 @@ def export(
         typer.Option(
             "--gguf",
             metavar="FILE",
-            help="Also write the sub-network as a GGUF file, for llama.cpp and Ollama.",
+            help="Also write the sub-network as a GGUF file, for llama.cpp.",
             rich_help_panel=_FORM,
         ),
     ] = None,
