@@ -41,7 +41,7 @@ from ifp_mlx.evaluation.table import (  # noqa: E402
     shortened,
 )
 from ifp_mlx.files import write_bytes_atomically  # noqa: E402
-from ifp_mlx.shipped import find_shipped  # noqa: E402
+from ifp_mlx.shipped import find_side_file  # noqa: E402
 
 SELECTORS = "static,domain,blend,blend+compensate,random"
 
@@ -105,11 +105,12 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 def _own_calibration(model: Path, config: dict[str, Any]) -> Path:
-    folders = [model / "ifp", find_shipped(config)]
-    for folder in folders:
-        if folder is not None and (folder / "calibration.safetensors").exists():
-            return folder / "calibration.safetensors"
-    raise SystemExit(f"{model} has no calibration; make one with ifp calibrate, or --calibration")
+    found = find_side_file(model, config, "calibration.safetensors")
+    if found is None:
+        raise SystemExit(
+            f"{model} has no calibration; make one with ifp calibrate, or --calibration"
+        )
+    return found
 
 
 def _facts(arguments: argparse.Namespace, num_texts: int) -> dict[str, Any]:

@@ -26,25 +26,14 @@ from ifp_mlx.base_model import (
 from ifp_mlx.calibration import Calibration
 from ifp_mlx.config import round_keep_ratio
 from ifp_mlx.conversation import Conversation, KVCacheOptions, Message
-from ifp_mlx.errors import CheckpointError, ResourceError, SelectionError, UsageError
-from ifp_mlx.selection import (
-    BlendSelector,
-    PredictorSelector,
-    PromptSelector,
-    RandomSelector,
-    Selection,
-    Selector,
-    StaticSelector,
-    select,
-)
-from ifp_mlx.shipped import find_shipped
+from ifp_mlx.errors import AdapterError, CheckpointError, ResourceError, SelectionError, UsageError
+from ifp_mlx.selection import Selection, Selector, select
+from ifp_mlx.selector_choice import choose_selector, make_selector
+from ifp_mlx.shipped import find_side_file
 from ifp_mlx.subnet_cache import CacheKey, SubNetCache, fold_task
 
 DEFAULT_KEEP_RATIO = 2 / 3
 """Without an adapter, below two thirds of the units a small model loses too much (README)."""
-
-SELECTOR_NAMES = ("predictor", "blend", "static", "prompt", "random")
-"""Best first: without a choice of the user's, the first that the model has the files for."""
 
 PREDICTED_REUSE_OVERLAP = 0.85
 """Predicted sub-networks of paraphrases have more than this in common, those of different tasks
@@ -139,11 +128,13 @@ class Assistant:
         self._max_resident_bytes = max_resident_bytes
         self._resident: collections.OrderedDict[bytes, CutModel] = collections.OrderedDict()
         self._on_warning = on_warning
-        self.selector_name = self._choose_selector(selector)
+        self.selector_name = choose_selector(selector, adapter, calibration)
         if reuse_threshold is None:
             reuse_threshold = PREDICTED_REUSE_OVERLAP if self.selector_name == "predictor" else 0.0
         self._reuse_threshold = reuse_threshold
-        self._selector: Selector = self._make_selector(self.selector_name)
+        self._selector: Selector = make_selector(
+            self.selector_name, base.reader, adapter, calibration
+        )
 
     @classmethod
     def load(
@@ -172,7 +163,7 @@ class Assistant:
             adapter: an IFP adapter directory.
             use_adapter: False ignores every adapter.
             calibration: a file of ``ifp calibrate``.
-            selector: one of ``SELECTOR_NAMES`` or ``static:TASK``; None takes the best there is.
+            selector: as in ``choose_selector``; None takes the best there is.
             compensate: add the removed units' mean contribution as a bias.
             cache: where selections by task are kept; None keeps nothing.
             reuse_threshold: share of units in common above which another cached task's
@@ -190,29 +181,27 @@ class Assistant:
         """
         config = checkpoint.read_config(model_path)
         ffn.ffn_layout(config["model_type"])
-        shipped = find_shipped(config)
-        side_folder = model_path / "ifp"
-        adapter_path = calibration_path = None
-        if use_adapter:
-            adapter_path = adapter or _first_existing(
-                side_folder / "adapter", shipped and shipped / "adapter"
-            )
-        calibration_path = calibration or _first_existing(
-            side_folder / "calibration.safetensors",
-            shipped and shipped / "calibration.safetensors",
+        calibration_path = calibration or find_side_file(
+            model_path, config, "calibration.safetensors"
         )
+        base = open_base_model(
+            model_path,
+            exact_down=exact_down,
+            context_tokens=context_tokens,
+            force=force,
+            on_warning=on_warning,
+        )
+        found: Adapter | None = None
+        if use_adapter:
+            found = (
+                load_adapter(adapter) if adapter else _find_adapter(base, model_path, on_warning)
+            )
         return cls(
             model_path=model_path,
-            base=open_base_model(
-                model_path,
-                exact_down=exact_down,
-                context_tokens=context_tokens,
-                force=force,
-                on_warning=on_warning,
-            ),
+            base=base,
             tokenizer=checkpoint.load_tokenizer(model_path),
             selector=selector,
-            adapter=load_adapter(adapter_path) if adapter_path else None,
+            adapter=found,
             calibration=Calibration.load(calibration_path) if calibration_path else None,
             compensate=compensate,
             cache=cache,
@@ -266,8 +255,10 @@ class Assistant:
             if cached is not None:
                 return self._cut(cached, task=task, from_cache=True)
             selection, selection_s = self._select(task, num_kept_units)
-            reused = self._find_near_duplicate(key, selection)
-            if reused is not None:
+            reused = self._reuse_threshold and self.cache.find_overlapping(
+                key, selection, self._reuse_threshold
+            )
+            if reused:
                 other_task, overlap, selection = reused
                 return self._cut(
                     selection,
@@ -342,36 +333,6 @@ class Assistant:
             kv_options=kv_options,
         )
 
-    def _choose_selector(self, wanted: str | None) -> str:
-        can_predict = self.adapter is not None and self.adapter.has_predictor
-        missing = {
-            "predictor": not can_predict and "an IFP adapter with a predictor (--adapter DIR)",
-            "blend": self.calibration is None and "a calibration (ifp calibrate)",
-            "static": self.calibration is None and "a calibration (ifp calibrate)",
-        }
-        if wanted is None:
-            return next(name for name in SELECTOR_NAMES if not missing.get(name))
-        kind = wanted.partition(":")[0]
-        if kind not in SELECTOR_NAMES:
-            raise UsageError(f"no selector {wanted!r}; there are: {', '.join(SELECTOR_NAMES)}")
-        if missing.get(kind):
-            raise UsageError(f"selector {wanted!r} needs {missing[kind]} for this model")
-        return wanted
-
-    def _make_selector(self, name: str) -> Selector:
-        kind, _, argument = name.partition(":")
-        if kind == "predictor" and self.adapter is not None:
-            return PredictorSelector(self.adapter.predictor(self._base.reader))
-        if kind == "static" and self.calibration is not None:
-            selector = StaticSelector(self.calibration, argument or None)
-            selector.scores([])  # an unknown task is refused now, not at the first prompt
-            return selector
-        if kind == "blend" and self.calibration is not None:
-            return BlendSelector(self._base.reader, self.calibration)
-        if kind == "random":
-            return RandomSelector(self.num_layers, self.num_units)
-        return PromptSelector(self._base.reader)
-
     def _select(self, text: str, num_kept_units: int) -> tuple[Selection, float]:
         start = time.perf_counter()
         ids = self._instruction_ids(fold_task(text))
@@ -394,21 +355,6 @@ class Assistant:
                 [message], add_generation_prompt=True, return_dict=False
             )
         )
-
-    def _find_near_duplicate(
-        self, key: CacheKey, selection: Selection
-    ) -> tuple[str, float, Selection] | None:
-        if not self._reuse_threshold or self.cache is None:
-            return None
-        best: tuple[str, float, Selection] | None = None
-        for entry in self.cache.entries():
-            if dataclasses.replace(entry.key, task=key.task) != key:
-                continue  # of another model, selector or K
-            other = entry.load()
-            overlap = float(selection.overlap(other).mean().item())  # type: ignore[arg-type]
-            if overlap >= self._reuse_threshold and (best is None or overlap > best[1]):
-                best = (entry.key.task, overlap, other)
-        return best
 
     def _cut(
         self,
@@ -457,8 +403,20 @@ class Assistant:
             total_bytes -= sizes[digest]
 
 
-def _first_existing(*paths: Path | None) -> Path | None:
-    return next((path for path in paths if path is not None and path.exists()), None)
+def _find_adapter(
+    base: BaseModel, model_path: Path, on_warning: Callable[[str], None]
+) -> Adapter | None:
+    """Return the adapter that nobody named; one for other weights of this shape is left out."""
+    folder = find_side_file(model_path, base.config, "adapter")
+    if folder is None:
+        return None
+    adapter = load_adapter(folder)
+    try:
+        adapter.check_base(base.reader)
+    except AdapterError as error:
+        on_warning(f"the adapter in {folder} is left out: {error}")
+        return None
+    return adapter
 
 
 def _ffn_arrays(model: nn.Module) -> list[mx.array]:

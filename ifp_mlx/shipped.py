@@ -15,8 +15,13 @@ _SMOLLM2_135M = {
 }
 
 
-def find_shipped(config: dict[str, Any]) -> Path | None:
-    """Return the folder of what is shipped for a model of this configuration, or None."""
-    if all(config.get(name) == value for name, value in _SMOLLM2_135M.items()):
-        return _FOLDER / "smollm2-135m"
-    return None
+def find_side_file(model_path: Path, config: dict[str, Any], name: str) -> Path | None:
+    """Return what belongs to a checkpoint under a name, or None.
+
+    The checkpoint's own ``ifp/`` folder comes before what this package ships for a model of this
+    configuration.
+    """
+    folders = [model_path / "ifp"]
+    if all(config.get(key) == value for key, value in _SMOLLM2_135M.items()):
+        folders.append(_FOLDER / "smollm2-135m")
+    return next((folder / name for folder in folders if (folder / name).exists()), None)

@@ -15,6 +15,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import filelock
 
@@ -198,6 +199,29 @@ class SubNetCache:
         raise CacheError(
             f"{text!r} names {len(found)} cached sub-networks; take one key of: {keys}"
         )
+
+    def find_overlapping(
+        self, key: CacheKey, selection: Selection, threshold: float
+    ) -> tuple[str, float, Selection] | None:
+        """Return the cached sub-network that shares the most units with a selection.
+
+        Args:
+            key: what the selection is for; only entries that differ in nothing but the task count.
+            selection: what was selected for it.
+            threshold: the smallest share of units in common, mean over layers.
+
+        Returns:
+            (task, overlap, selection) of the nearest entry, or None if none is that near.
+        """
+        best: tuple[str, float, Selection] | None = None
+        for entry in self.entries():
+            if dataclasses.replace(entry.key, task=key.task) != key:
+                continue
+            other = entry.load()
+            overlap = cast(float, selection.overlap(other).mean().item())
+            if overlap >= threshold and (best is None or overlap > best[1]):
+                best = (entry.key.task, overlap, other)
+        return best
 
     def remove(self, entry: CacheEntry) -> None:
         """Delete an entry; one that is gone already is no error.
