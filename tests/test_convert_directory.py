@@ -50,6 +50,22 @@ def test_converted_directory_is_cast(tiny_checkpoint: CheckpointFactory, tmp_pat
     assert config["torch_dtype"] == made.dtype == "bfloat16"
 
 
+def test_rope_parameters_are_written_where_mlx_lm_reads_them(
+    tiny_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    from mlx_lm.utils import load_model as load_with_mlx_lm
+
+    source = tiny_checkpoint()
+    config = json.loads((source / "config.json").read_text())
+    del config["rope_theta"]
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 300.0}
+    (source / "config.json").write_text(json.dumps(config))
+    made = convert_checkpoint(source, tmp_path / "out")
+    expected = load_model(source)[0](TOKENS)
+    assert mx.array_equal(load_with_mlx_lm(made.path)[0](TOKENS), expected)
+    assert json.loads((made.path / "config.json").read_text())["rope_theta"] == 300.0
+
+
 def test_packed_checkpoints_stay_packed(tiny_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
     from mlx_lm.utils import quantize_model, save_config, save_model
 
