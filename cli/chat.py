@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 def chat(
+    context: typer.Context,
     task: options.Task = None,
     keep: options.Keep = None,
     keep_units: options.KeepUnits = None,
@@ -112,7 +113,15 @@ def chat(
 
     settings = SessionSettings(model, task, keep_units, dense, system_prompt)
     session = _open_session(settings, resume, session_name, recorded=not no_save)
-    model_choice = dataclasses.replace(model_choice, model=session.settings.model or model)
+    if session.messages:
+        # A chat goes on with its own model and system prompt, unless others are asked for.
+        source = context.get_parameter_source("model")
+        if source is None or source.name != "COMMANDLINE":
+            model_choice = dataclasses.replace(model_choice, model=session.settings.model or model)
+        if system_prompt is not None:
+            session.change_settings(
+                dataclasses.replace(session.settings, system_prompt=system_prompt)
+            )
     sampling = SamplingOptions(max_tokens, temp, top_p, top_k, min_p, seed=seed)
     with keys_kept_for_the_prompt() if is_interactive() else contextlib.nullcontext():
         conversation = Chat(
@@ -123,7 +132,11 @@ def chat(
             rebuilds_kv=rebuild_kv,
             num_draft_tokens=num_draft_tokens if lossless else None,
         )
-        _ChatLoop(conversation, drops_oldest=drop_oldest, drift=drift, retasks=auto_retask).run()
+        loop = _ChatLoop(conversation, drops_oldest=drop_oldest, drift=drift, retasks=auto_retask)
+        try:
+            loop.run()
+        finally:
+            conversation.session.close()
 
 
 def _open_session(
@@ -262,7 +275,6 @@ class _ChatLoop:
         session = self._chat.session
         if session.messages and session.recorded and sys.stdin.isatty():
             say(f"saved as {session.name}; ifp chat --resume continues")
-        session.close()
 
     def _make_reader(self) -> Reader:
         from ifp_mlx.cli.chat_input import CommandCompleter, LineEditor, PlainReader

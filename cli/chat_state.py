@@ -77,9 +77,11 @@ class Chat:
         self.subnet: SubNetwork | None = None
         self.unanswered: str | None = None
         self._conversation: Conversation | None = None
-        self._adopt_session(session)
+        self._adopt_session(session, subnet_choice)
         if self.task is not None or self._choice.dense:
             self._select("")
+            if session.messages:
+                self._record_settings()
 
     @property
     def task(self) -> str | None:
@@ -150,17 +152,18 @@ class Chat:
             choice: task, amount or dense.
             text: what selects if there is no task; None takes the first message again.
         """
-        former = self.subnet
-        if text is None:
-            questions = [m["content"] for m in self.session.messages if m["role"] == "user"]
-            text = questions[0] if questions else None
-        if not choice.dense:
-            num_kept_units(self.assistant, choice)  # refuse before anything changes
+        former, former_choice = self.subnet, self._choice
+        text = text or self._first_question()
         self._choice = choice
-        if choice.task is None and text is None and not choice.dense:
-            self.subnet = None  # the next message selects
-        else:
-            self._select(text or "")
+        try:
+            if choice.task is None and text is None and not choice.dense:
+                num_kept_units(self.assistant, choice)  # refused now, not at the next message
+                self.subnet = None
+            else:
+                self._select(text or "")
+        except BaseException:
+            self._choice = former_choice  # refused, or stopped: all stays as it was
+            raise
         self._record_settings()
         if former is None or self.subnet is None:
             return None
@@ -234,7 +237,7 @@ class Chat:
         self._conversation = None
         if wanted != self.model_name:
             self.change_model(wanted)
-        self._adopt_session(session)
+        self._adopt_session(session, SubnetChoice())
         self.subnet = None
         if self.task is not None or self._choice.dense:
             self._select("")
@@ -280,12 +283,17 @@ class Chat:
 
     def _ready(self, text: str) -> Conversation:
         if self.subnet is None:
-            self._select(text)
+            self._select(self._first_question() or text)
         assert self.subnet is not None
         if self._conversation is None:
             self._restart_conversation()
         assert self._conversation is not None
         return self._conversation
+
+    def _first_question(self) -> str | None:
+        """Return the message that selects where no task does."""
+        questions = [m["content"] for m in self.session.messages if m["role"] == "user"]
+        return questions[0] if questions else None
 
     def _select(self, text: str) -> None:
         self.subnet = choose_subnetwork(self.assistant, self._choice, text)
@@ -318,11 +326,16 @@ class Chat:
             num_draft_tokens=self.num_draft_tokens or DEFAULT_DRAFT_TOKENS,
         )
 
-    def _adopt_session(self, session: Session) -> None:
+    def _adopt_session(self, session: Session, wanted: SubnetChoice) -> None:
+        """Take over what a session was chatting with, but for what the user wants otherwise."""
         settings = session.settings
         if session.messages:
+            amount_wanted = wanted.keep is not None or wanted.keep_units is not None
             self._choice = SubnetChoice(
-                settings.task, keep_units=settings.num_kept_units, dense=settings.dense
+                wanted.task or settings.task,
+                wanted.keep,
+                wanted.keep_units if amount_wanted or wanted.dense else settings.num_kept_units,
+                wanted.dense or (settings.dense and not amount_wanted),
             )
             say(f"continuing {session.name}: {plural(len(session.messages), 'message')}")
         if session.messages and session.messages[-1]["role"] == "user":
@@ -331,7 +344,8 @@ class Chat:
 
     def _record_settings(self) -> None:
         dense = self._choice.dense
-        kept = None if self.subnet is None or dense else self.subnet.num_kept_units
+        kept = self.subnet.num_kept_units if self.subnet else self._choice.keep_units
+        kept = None if dense else kept
         self.session.change_settings(
             SessionSettings(self.model_name, self.task, kept, dense, self.system_prompt)
         )

@@ -256,3 +256,34 @@ def test_chat_auto_retask_needs_drift(ifp: Run) -> None:
     outcome = ifp("chat", "--auto-retask")
     assert outcome.code == 2
     assert "--auto-retask needs --drift" in outcome.stderr
+
+
+def test_chat_resume_takes_other_flags_over_its_own(
+    ifp: Run, word_model: Path, small_model: Path, words: str, home: Path
+) -> None:
+    ifp("chat", "--model", word_model, "--task", "say words", "--keep-units", "64", stdin="one\n")
+    assert "64 of 192" in ifp("chat", "--resume", stdin="two\n").stderr
+    assert "128 of 192" in ifp("chat", "--resume", "--keep-units", "128", stdin="two\n").stderr
+    assert "128 of 192" in ifp("chat", "--resume", stdin="two\n").stderr  # it was recorded
+    assert 'for "count"' in ifp("chat", "--resume", "--task", "count", stdin="two\n").stderr
+    assert "dense: all 192" in ifp("chat", "--resume", "--dense", stdin="two\n").stderr
+    other = ifp("chat", "--resume", "--model", small_model, stdin="/model\n")
+    assert f"model: {small_model}" in other.stderr
+
+
+def test_chat_resume_without_a_task_selects_as_it_did(ifp: Run, small_model: Path) -> None:
+    def overlap_line(outcome: Any) -> str:
+        lines: list[str] = outcome.stderr.splitlines()
+        return next(line for line in lines if "former one" in line)
+
+    begun = ifp("chat", "--model", small_model, "-m", "3", stdin="hello\n/task count\n")
+    ifp("chat", "--model", small_model, "-m", "3", "--session", "b", stdin="hello\n")
+    resumed = ifp("chat", "--session", "b", "-m", "3", stdin="something else\n/task count\n")
+    assert overlap_line(resumed) == overlap_line(begun)
+
+
+def test_chat_refused_change_leaves_all_as_it_was(ifp: Run, word_model: Path) -> None:
+    script = "hello\n/keep 100\n"
+    refused = ifp("chat", "--model", word_model, "--session", "s", stdin=script)
+    assert refused.code == 2
+    assert "128 of 192" in ifp("chat", "--session", "s", stdin="/keep 0.7\n").stderr
