@@ -16,8 +16,8 @@ from ifp_mlx.masking import mask_from_indices, top_k_indices
 from ifp_mlx.predictor import SparsityPredictor
 
 DEFAULT_PRIOR_WEIGHT = 0.7
-"""Share of the calibrated prior in a rank blend. Short prompts carry little evidence; measured on
-SmolLM2-135M-Instruct (README, quality table)."""
+"""Share of the calibrated prior in a rank blend: short prompts carry little evidence of their own.
+A choice, not an optimum: benchmarks/selection_quality.py --selectors blend:0.5 measures another."""
 
 
 @dataclasses.dataclass(frozen=True)
