@@ -314,15 +314,17 @@ class Conversation:
                     time_to_first_token_s=first_token_s,
                     peak_memory_bytes=mx.get_peak_memory(),
                     finish_reason=finish_reason,
-                    drafted_tokens=self._num_drafted(len(generated), num_accepted),
+                    drafted_tokens=self._num_drafted(
+                        len(generated) - num_accepted, ends_in_draft=response.from_draft
+                    ),
                     accepted_tokens=num_accepted,
                 )
 
-    def _num_drafted(self, num_generated: int, num_accepted: int) -> int:
+    def _num_drafted(self, num_own_tokens: int, *, ends_in_draft: bool) -> int:
         if self._draft_model is None:
             return 0
-        # Each check of a draft gives one token that is the model's own.
-        return max(num_generated - num_accepted, 1) * self._num_draft_tokens
+        # Each check of a draft ends in a token of the model's own, unless the reply ends before.
+        return (num_own_tokens + ends_in_draft) * self._num_draft_tokens
 
     def _require_quantizable_heads(self) -> None:
         args, group_size = self._model.args, self._kv_options.kv_group_size

@@ -64,6 +64,9 @@ def test_lossless_accepts_everything_from_an_equal_draft(parts: Parts) -> None:
     assert same.stats is not None
     assert other.stats is not None
     assert same.stats.accepted_tokens == same.stats.drafted_tokens == 24  # 4 of every 5 of 30
+    # A reply that ends within a draft: the check that was cut short counts, too.
+    list(same.reply("more", SamplingOptions(max_new_tokens=8)))
+    assert (same.stats.accepted_tokens, same.stats.drafted_tokens) == (7, 8)
     assert other.stats.accepted_tokens < other.stats.drafted_tokens
 
 
