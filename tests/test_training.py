@@ -14,11 +14,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from ifp_mlx import ffn
 from ifp_mlx.errors import TrainingError
-from ifp_mlx.masking import soft_top_k, top_k_mask
+from ifp_mlx.masking import soft_top_k, standardised, top_k_mask
 from ifp_mlx.training.config import (
     DataConfig,
     DistillationConfig,
@@ -30,7 +30,6 @@ from ifp_mlx.training.config import (
     WarmStartConfig,
 )
 from ifp_mlx.training.examples import ExampleSet
-from ifp_mlx.training.losses import mean_pairwise_overlap
 from ifp_mlx.training.optimizer import AdamW, learning_rate_at
 from ifp_mlx.training.predictor_step import PredictorTrainer, centred
 from ifp_mlx.training.schedule import make_batch, make_schedule
@@ -131,6 +130,11 @@ def run(model: nn.Module, warm_folder: Path) -> Callable[..., Trainer]:
 _MODES: dict[str, dict[str, Any]] = {
     "none": {"mask": "none"},
     "static": {"mask": "static"},
+    "static_joint": {
+        "mask": "static",
+        "predictor": "joint",
+        "joint": JointConfig(start_share=0.0, learning_rate=1e-2),
+    },
     "fixed": {"mask": "ifp"},
     "joint": {"mask": "ifp", "predictor": "joint", "joint": JointConfig(start_share=0.0)},
     "hard_concrete": {
@@ -139,6 +143,7 @@ _MODES: dict[str, dict[str, Any]] = {
         "joint": JointConfig(start_share=0.0, relaxation="hard_concrete", diversity_weight=0.1),
     },
     "distillation": {"mask": "static", "distillation": DistillationConfig(0.5, top_tokens=8)},
+    "full_distillation": {"mask": "ifp", "distillation": DistillationConfig(2.0)},
     "lora": {"mask": "static", "lora": LoRAConfig(rank=8, scale=4.0)},
 }
 
@@ -149,6 +154,23 @@ def test_loss_falls(mode: str, run: Callable[..., Trainer]) -> None:
     trainer = run(report=lambda record: losses.append(record["loss"]), **_MODES[mode])
     trainer.run()
     assert losses[-1] < losses[0] - 0.1
+
+
+def test_static_scores_are_trained_only_when_asked(run: Callable[..., Trainer]) -> None:
+    fixed, joint = run(**_MODES["static"]), run(**_MODES["static_joint"])
+    assert fixed.predictor is not None
+    assert joint.predictor is not None
+    start = np.array(fixed.predictor.head.prior)
+    assert np.array_equal(np.array(joint.predictor.head.prior), start)
+    fixed.run()
+    joint.run()
+    assert np.array_equal(np.array(fixed.predictor.head.prior), start)
+    assert not np.array_equal(np.array(joint.predictor.head.prior), start)
+    # Whatever the instruction, the scores are the same.
+    features = mx.random.normal((3, joint.predictor.head.project.weight.shape[1]))
+    scores = joint.predictor.head(features)
+    assert mx.array_equal(scores[0], scores[1])
+    assert mx.allclose(scores[0], standardised(joint.predictor.head.prior), atol=1e-5)
 
 
 def test_warm_start_finds_more_of_the_top_units_than_the_prior(warm_folder: Path) -> None:
@@ -338,14 +360,6 @@ def test_collapse_rolls_back_then_stops(warm_folder: Path) -> None:
         trainer.check_collapse(9)
 
 
-def test_pairwise_overlap_matches_a_loop() -> None:
-    masks = top_k_mask(mx.random.normal((5, 3, 20)), 7)
-    table = np.array(masks)
-    pairs = [(a, b) for a in range(5) for b in range(5) if a != b]
-    wanted = np.mean([(table[a] * table[b]).sum(-1) / 7 for a, b in pairs], axis=0)
-    assert np.allclose(np.array(mean_pairwise_overlap(masks, 7)), wanted, atol=1e-6)
-
-
 def test_adamw_matches_mlx() -> None:
     from mlx.optimizers import AdamW as Reference
 
@@ -457,3 +471,19 @@ def test_masks_reach_the_wrapped_model(run: Callable[..., Trainer]) -> None:
     nothing = model(ids)
     ffn.set_unit_masks(model, None)
     assert not mx.allclose(nothing, model(ids))
+
+
+def test_distillation_learns_from_the_teacher_given(model: nn.Module, warm_folder: Path) -> None:
+    config = _config(mask="none", distillation=DistillationConfig(1.0))
+    start = WarmStart.load(warm_folder)
+    other = ffn.clone_module(model)
+    other.update(tree_map(lambda weight: 1.2 * weight, model.parameters()))
+    losses = [
+        Trainer(model, _examples(), config, start, teacher).train_step(
+            make_schedule(_examples(), config)[0]
+        )["loss"]
+        for teacher in (None, model, other)
+    ]
+    # A model does not diverge from itself: only the cross-entropy is left.
+    assert float(losses[0]) == float(losses[1])
+    assert float(losses[2]) > float(losses[0]) + 1e-3

@@ -39,12 +39,10 @@ def evaluate_trainer(
 
 
 def _masks(trainer: Trainer, batch: Sequence[HeldOutExample], keep: int) -> mx.array | None:
-    if trainer.config.mask == "none":
+    if trainer.predictor is None:
         return None
     if trainer.config.mask == "static":
-        assert trainer.prior is not None
-        return top_k_mask(trainer.prior, keep)
-    assert trainer.predictor is not None
+        return top_k_mask(trainer.predictor.head.prior, keep)
     windows = [instruction_window(example.prompt_ids) for example in batch]
     ids, lengths = pad_right(windows)
     features = trainer.reader_features(ids, lengths)

@@ -108,7 +108,7 @@ class JointConfig:
 
     Attributes:
         start_share: share of the steps that the predictor stays fixed.
-        learning_rate: for the predictor's head.
+        learning_rate: for the predictor's head, or for the scores of a static mask.
         relaxation: whose gradient the mask has.
         eps_start: SoftTopK's temperature when joint training starts, in standard deviations.
         eps_end: the same at the end.
@@ -135,16 +135,19 @@ class JointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DistillationConfig:
-    """Learning from the dense model's own distribution.
+    """Learning from a dense model's distribution.
 
     Attributes:
         weight: of the KL divergence beside the cross-entropy; 0 switches it off.
+        teacher: an adapter of the base model, such as a run with mask ``none`` leaves; None is
+            the base model as it is.
         top_tokens: how many of the teacher's most likely tokens count; 0 is all.
         temperature: of both distributions.
     """
 
     weight: float = 0.0
-    top_tokens: int = 32
+    teacher: str | None = None
+    top_tokens: int = 0
     temperature: float = 1.0
 
 
@@ -168,7 +171,8 @@ class TrainingConfig:
     Attributes:
         model: checkpoint folder.
         mask: which masks the FFN has: none (plain fine-tuning), one static mask, or one a sample.
-        predictor: with ``ifp`` masks, fixed after its warm start, or joint.
+        predictor: with ``ifp`` masks, fixed after its warm start, or joint; with a ``static``
+            mask, whether its scores stay at the importance that was measured, or are trained.
         keep_units: K, or several: one is drawn each step, so that one run serves them all.
         stages: in order.
         batch_tokens: tokens a step, padding counted.

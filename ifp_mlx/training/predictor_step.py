@@ -43,7 +43,7 @@ class PredictorTrainer:
         self,
         head: PredictorHead,
         anchor: Anchor | None,
-        probe_features: npt.NDArray[np.float32],
+        probe_features: npt.NDArray[np.float32] | None,
         probe_keep_units: int,
         config: JointConfig,
         seed: int,
@@ -55,7 +55,8 @@ class PredictorTrainer:
         self.frozen = False
         self.rollbacks = 0
         self._anchor = anchor
-        self._probe = mx.array(probe_features)
+        # One static mask has nothing to collapse into: there is no probe to watch.
+        self._probe = None if probe_features is None else mx.array(probe_features)
         self._probe_keep = probe_keep_units
         self._seed = seed
         self._start_weights = self.state.weights
@@ -123,6 +124,8 @@ class PredictorTrainer:
 
     def probe_overlap(self) -> float:
         """Return the probe batch's mean pairwise overlap over all layers. Evaluates."""
+        if self._probe is None:
+            return 1.0
         masks = top_k_mask(self.head(self._probe), self._probe_keep)
         return float(mean_pairwise_overlap(masks, self._probe_keep).mean())
 

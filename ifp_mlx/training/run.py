@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ifp_mlx import ffn
-from ifp_mlx.adapter import save_adapter
+from ifp_mlx.adapter import load_adapter, save_adapter
 from ifp_mlx.checkpoint import load_model, load_tokenizer
 from ifp_mlx.errors import ConfigError, DataError, TrainingError, UsageError
 from ifp_mlx.files import write_bytes_atomically
@@ -75,6 +75,7 @@ def run_training(
     Raises:
         UsageError: the folder exists, or does not when resuming.
         ConfigError: the run does not fit the model.
+        AdapterError: the teacher is no adapter of the model.
         DataError: text that cannot be used.
         TrainingError: the run had to stop.
     """
@@ -103,6 +104,7 @@ def run_training(
             examples,
             config,
             warm_start,
+            _teacher(config, model),
             report=log,
             evaluate=callback,
             checkpoint_folder=output / "checkpoint",
@@ -135,6 +137,11 @@ def _check_fit(config: TrainingConfig, model: nn.Module) -> None:
         raise ConfigError(
             f"keep_units = {max(config.keep_units)} must be below the model's {num_units} units"
         )
+
+
+def _teacher(config: TrainingConfig, model: nn.Module) -> nn.Module | None:
+    folder = config.distillation.teacher
+    return None if folder is None else load_adapter(Path(folder)).apply(model)
 
 
 def _examples(

@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 from ifp_mlx import ffn
 from ifp_mlx.errors import TrainingError
-from ifp_mlx.masking import top_k_mask
 from ifp_mlx.predictor import PredictorHead, reader_features
 from ifp_mlx.training.config import TrainingConfig
 from ifp_mlx.training.examples import ExampleSet
@@ -38,13 +37,12 @@ class TrainedModel:
 
     Attributes:
         weights: name -> float32 tensor of everything that was trained in the language model.
-        head: the predictor's head, or None for runs without instruction-following masks.
-        prior: (L, F) float32 scores of the static mask, or None.
+        head: what scores the units: the predictor's head, for a static mask one that gives every
+            instruction the same scores, or None for a run without masks.
     """
 
     weights: dict[str, mx.array]
     head: PredictorHead | None
-    prior: mx.array | None
 
 
 class Trainer:
@@ -55,6 +53,7 @@ class Trainer:
         examples: the tokenised text.
         config: the run.
         warm_start: needed unless the masks are ``none``.
+        teacher: the dense model to distil from; None is ``model`` itself.
         report: called with one JSON-able record for each line of the log.
         evaluate: called with the trainer now and then, and at the end; what it returns is logged.
         checkpoint_folder: where checkpoints go; None writes none.
@@ -66,6 +65,7 @@ class Trainer:
         examples: ExampleSet,
         config: TrainingConfig,
         warm_start: WarmStart | None = None,
+        teacher: nn.Module | None = None,
         report: Report = lambda record: None,
         evaluate: Callable[["Trainer"], dict[str, Any]] | None = None,
         checkpoint_folder: Path | None = None,
@@ -86,20 +86,15 @@ class Trainer:
         self._evaluate = evaluate
         self._checkpoint_folder = checkpoint_folder
         self._group = mx.distributed.init()
-        self._teacher = self._make_teacher(model) if config.distillation.weight else None
+        self._teacher = self._make_teacher(teacher or model) if config.distillation.weight else None
         # A bare name would be a constant of the gradient: both weights and masks are arguments.
-        joint = config.mask == "ifp" and config.predictor == "joint"
+        joint = config.mask != "none" and config.predictor == "joint"
         self._gradient = mx.value_and_grad(self._loss, argnums=(0, 1) if joint else 0)
         self._joint = joint
         self._pending: dict[str, Any] | None = None
-        if config.mask == "ifp":
+        if config.mask != "none":
             assert warm_start is not None
             self.predictor = self._make_predictor(warm_start)
-
-    @property
-    def prior(self) -> mx.array | None:
-        """The (L, F) scores of the static mask."""
-        return None if self._warm_start is None else self._warm_start.prior
 
     def run(self, *, resume: bool = False) -> TrainedModel:
         """Train to the end, or from the last checkpoint on, and return the result. Evaluates.
@@ -162,7 +157,9 @@ class Trainer:
             if not len(rows):
                 continue
             batch = make_batch(self.examples, step.examples[rows], weights[rows])
-            part_features = None if features is None else mx.array(features[rows])
+            # A static mask has one row of features, and one mask, for the whole batch.
+            feature_rows = rows if config.mask == "ifp" else slice(None)
+            part_features = None if features is None else mx.array(features[feature_rows])
             masks = self._masks(part_features, step)
             value, grads = self._gradient(tensors, masks, batch)
             tensor_grads, mask_grad = grads if self._joint else (grads, mx.zeros(()))
@@ -174,7 +171,7 @@ class Trainer:
                 assert part_features is not None
                 share, anchor = self.predictor.step(
                     part_features,
-                    centred(mask_grad, self._group),
+                    centred(mask_grad, self._group) if config.mask == "ifp" else mask_grad,
                     step.keep_units,
                     self.step_number,
                     self._joint_progress(),
@@ -223,7 +220,6 @@ class Trainer:
         return TrainedModel(
             weights=self.masked.plain_weights(self.state.weights),
             head=None if self.predictor is None else self.predictor.head,
-            prior=self.prior,
         )
 
     def model_for_evaluation(self) -> nn.Module:
@@ -254,25 +250,25 @@ class Trainer:
         return loss
 
     def _masks(self, features: mx.array | None, step: Step) -> mx.array | None:
-        if self.config.mask == "none":
+        if self.predictor is None:
             return None
-        if self.config.mask == "static":
-            assert self.prior is not None
-            return top_k_mask(self.prior, step.keep_units)
-        assert self.predictor is not None
         assert features is not None
         return mx.stop_gradient(self.predictor.masks(features, step.keep_units, self.step_number))
 
     def _features(self, step: Step) -> npt.NDArray[np.float32] | None:
-        if self.config.mask != "ifp":
+        if self.config.mask == "none":
             return None
         assert self._warm_start is not None
+        if self.config.mask == "static":
+            return np.zeros((1, self._warm_start.features.shape[1]), dtype=np.float32)
         rng = np.random.default_rng([self.config.seed, 5, self.step_number])
         return self._warm_start.mixed_features(
             step.examples, self.examples, self.config.warm_start.description_share, rng
         )
 
     def _make_predictor(self, warm_start: WarmStart) -> PredictorTrainer:
+        if self.config.mask == "static":
+            return self._make_static_scores(warm_start)
         probe = np.concatenate([step.examples for step in self.steps])
         probe = np.random.default_rng([self.config.seed, 6]).permutation(np.unique(probe))
         anchor = None
@@ -290,6 +286,17 @@ class Trainer:
         # Until it moves, the forward masks are the plain top K.
         predictor.frozen = not self._joint
         return predictor
+
+    def _make_static_scores(self, warm_start: WarmStart) -> PredictorTrainer:
+        """Return a head whose only weights are the scores that every instruction gets."""
+        head = PredictorHead(warm_start.features.shape[1], warm_start.prior, seed=self.config.seed)
+        head.freeze()
+        head.unfreeze(keys="prior", recurse=False)
+        trainer = PredictorTrainer(
+            head, None, None, min(self.config.keep_units), self.config.joint, self.config.seed
+        )
+        trainer.frozen = not self._joint
+        return trainer
 
     def _make_teacher(self, model: nn.Module) -> nn.Module:
         teacher: nn.Module = ffn.clone_module(model)
