@@ -147,6 +147,8 @@ def export(
             no_adapter=no_adapter,
             selector=selector,
             compensate=compensate,
+            # What is written in another form is not rounded for this one first.
+            exact_down=dequantize or quantization is not None,
         )
     )
     subnet = _subnetwork(assistant, choice, selection)

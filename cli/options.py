@@ -105,8 +105,8 @@ ExactDown = Annotated[
     bool,
     typer.Option(
         "--exact-down",
-        help="Of a quantized model, keep down projections as plain weights: exact, in more memory "
-        "than the 8 bits that their columns are quantized to otherwise.",
+        help="Of a quantized model, do not quantize columns of down projections again, at 8 bits: "
+        "exact, slower, and in more memory if few units are kept.",
     ),
 ]
 Force = Annotated[

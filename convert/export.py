@@ -17,6 +17,7 @@ from ifp_mlx.errors import ArchitectureError, UsageError
 from ifp_mlx.files import require_free_disk, staged_directory
 from ifp_mlx.origin import read_origin, write_origin
 from ifp_mlx.selection import Selection
+from ifp_mlx.subnetwork import with_cut_downs
 
 SELECTION_FILE = "ifp/selection.safetensors"
 # Families whose config.json can give the FFN's linear layers a bias.
@@ -74,7 +75,7 @@ def export_checkpoint(
     """
     from mlx_lm.utils import dequantize_model
 
-    compact = ffn.clone_module(model)
+    compact = with_cut_downs(model)
     if dequantize or quantization is not None:
         compact = dequantize_model(compact)
     config = _compact_config(compact, read_config(source), selection.num_kept_units)

@@ -18,6 +18,7 @@ from ifp_mlx.errors import ResourceError
 from ifp_mlx.streaming import BLOCK_BYTES
 from ifp_mlx.subnetwork import REQUANTIZED_DOWN_BITS, compute_dtype
 from ifp_mlx.unit_major import SIDE_FILE
+from ifp_mlx.whole_down import packed_bytes
 
 PROCESS_BYTES = 200 * 10**6
 """Python, MLX, mlx-lm and the tokenizer before any weights: measured by benchmarks/memory.py."""
@@ -70,7 +71,10 @@ class CheckpointSizes:
         hidden_size: D.
         shared_bytes: everything outside the FFNs, in the type that is computed in.
         largest_shared_bytes: of one such array, as it is stored.
-        unit_bytes: one FFN unit in all layers, in a compact model.
+        unit_bytes: one FFN unit in all layers, in a compact model; without its columns of
+            ``exact_downs``.
+        exact_downs: for each layer whose packed down projection is not quantized again, the bytes
+            of one plain column of it and of the whole: the smaller form is kept.
         dense_unit_bytes: the same in the dense model, with down projections as they are stored.
         stored_unit_bytes: one FFN unit of one layer, as it is stored.
         layer_bytes: one dense layer, as it is stored and, if that differs, as it is computed.
@@ -86,6 +90,7 @@ class CheckpointSizes:
     shared_bytes: int
     largest_shared_bytes: int
     unit_bytes: int
+    exact_downs: tuple[tuple[int, int], ...]
     dense_unit_bytes: int
     stored_unit_bytes: int
     layer_bytes: int
@@ -106,10 +111,13 @@ class CheckpointSizes:
         prefill = tokens * (3 * num_kept_units + 4 * self.hidden_size) * self.item_bytes
         if mx.default_device() == mx.cpu:  # where attention scores exist in memory
             prefill += 2 * self.num_heads * tokens * context * self.item_bytes
-        is_dense = num_kept_units == self.num_units
-        unit_bytes = self.dense_unit_bytes if is_dense else self.unit_bytes
+        if num_kept_units == self.num_units:
+            ffn_bytes = num_kept_units * self.dense_unit_bytes
+        else:
+            downs = (min(num_kept_units * column, whole) for column, whole in self.exact_downs)
+            ffn_bytes = num_kept_units * self.unit_bytes + sum(downs)
         return MemoryPrediction(
-            weights_bytes=self.shared_bytes + num_kept_units * unit_bytes,
+            weights_bytes=self.shared_bytes + ffn_bytes,
             kv_cache_bytes=context * self.kv_token_bytes,
             working_set_bytes=max(loading, self.largest_shared_bytes, self.layer_bytes, prefill),
         )
@@ -131,7 +139,7 @@ def checkpoint_sizes(
     Args:
         path: a checkpoint directory, quantized or not.
         dtype: the type that weights are cast to; None computes as they are stored.
-        exact_down: columns of a quantized down projection are kept as plain weights.
+        exact_down: quantized down projections are not quantized again.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
@@ -145,6 +153,7 @@ def checkpoint_sizes(
     down = modules[0][down_name]
     hidden_size = int(down.weight.shape[0])
     unit_bytes = 0
+    exact_downs = []
     for module, stored_bytes in zip(modules, ffn_bytes, strict=True):
         if dtype is not None:
             unit_bytes += _computed_bytes(module, dtype) // num_units
@@ -152,10 +161,12 @@ def checkpoint_sizes(
         unit_bytes += stored_bytes // num_units
         down = module[down_name]
         if isinstance(down, nn.QuantizedLinear):
-            column_bits = 8 * computed.size
-            if not exact_down:
+            unit_bytes -= _stored_bytes(down) // num_units
+            if exact_down:
+                exact_downs.append((hidden_size * computed.size, packed_bytes(down)))
+            else:
                 column_bits = REQUANTIZED_DOWN_BITS + 16 * computed.size // int(down.group_size)
-            unit_bytes += hidden_size * column_bits // 8 - _stored_bytes(down) // num_units
+                unit_bytes += hidden_size * column_bits // 8
     measure = _stored_bytes if dtype is None else functools.partial(_computed_bytes, dtype=dtype)
     ffn_computed = sum(measure(module) for module in modules)
     layers = [_stored_bytes(layer) for layer in stored.layers]
@@ -168,6 +179,7 @@ def checkpoint_sizes(
         shared_bytes=measure(stored) - ffn_computed,
         largest_shared_bytes=max(array.nbytes for array in outside if id(array) not in inside),
         unit_bytes=unit_bytes,
+        exact_downs=tuple(exact_downs),
         dense_unit_bytes=ffn_computed // num_units,
         stored_unit_bytes=max(ffn_bytes) // num_units,
         layer_bytes=max(layers)

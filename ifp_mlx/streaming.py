@@ -31,6 +31,7 @@ from ifp_mlx.subnetwork import (
     dequantized,
     fill_layer,
 )
+from ifp_mlx.tensor_files import StoredTensor
 from ifp_mlx.unit_major import LayerTensors, UnitMajorFile
 
 BLOCK_BYTES = 16 * 2**20
@@ -159,6 +160,14 @@ class _StoredRows:
         self._dtype = dtype
 
     def gather(self, layer: int, units: mx.array) -> GatheredUnits:
+        blocks = []
+        for block in self._down_blocks(self._layers[layer]):
+            columns = mx.take(dequantized(block, self._dtype), units, axis=1)
+            mx.eval(columns)
+            blocks.append(columns)
+        return GatheredUnits(self.rows(layer, units), mx.concatenate(blocks))
+
+    def rows(self, layer: int, units: mx.array) -> dict[str, nn.Module]:
         tensors = self._layers[layer]
         kept = np.array(units)
         projections: dict[str, nn.Module] = {
@@ -169,12 +178,11 @@ class _StoredRows:
             content = self._reader.rows(part.tensor, rows)
             array = to_array(content, part.tensor.dtype, part.tensor.shape[1:])
             projections[part.projection][part.part] = array
-        blocks = []
-        for block in self._down_blocks(tensors):
-            columns = mx.take(dequantized(block, self._dtype), units, axis=1)
-            mx.eval(columns)
-            blocks.append(columns)
-        return GatheredUnits(projections, mx.concatenate(blocks))
+        return projections
+
+    def down(self, layer: int) -> nn.Module:
+        tensors = self._layers[layer]
+        return self._down_rows(tensors, 0, tensors.hidden_size)
 
     def down_product(self, layer: int, activations: mx.array) -> mx.array:
         products = []
@@ -186,29 +194,37 @@ class _StoredRows:
 
     def _down_blocks(self, tensors: LayerTensors) -> Iterator[nn.Module]:
         """Yield the down projection as linear layers of a few of its D rows each."""
-        name = tensors.layout.down
-        parts = [
-            (part, tensors.tensor(name, part))
+        row_bytes = sum(
+            tensor.num_bytes // tensor.shape[0] for _, tensor in self._down_parts(tensors)
+        )
+        step = max(1, BLOCK_BYTES // row_bytes)
+        for start in range(0, tensors.hidden_size, step):
+            yield self._down_rows(tensors, start, min(start + step, tensors.hidden_size))
+
+    def _down_rows(self, tensors: LayerTensors, start: int, stop: int) -> nn.Module:
+        """Return a few rows of the down projection as a linear layer."""
+        block: nn.Module = ffn.clone_module(tensors.down)
+        for part, tensor in self._down_parts(tensors):
+            content = self._reader.row_range(tensor, start, stop)
+            block[part] = to_array(content, tensor.dtype, tensor.shape[1:])
+        return block
+
+    def _down_parts(self, tensors: LayerTensors) -> list[tuple[str, StoredTensor]]:
+        return [
+            (part, tensors.tensor(tensors.layout.down, part))
             for part in ("weight", "scales", "biases")
             if tensors.down.get(part) is not None
         ]
-        row_bytes = sum(tensor.num_bytes // tensor.shape[0] for _, tensor in parts)
-        step = max(1, BLOCK_BYTES // row_bytes)
-        for start in range(0, tensors.hidden_size, step):
-            stop = min(start + step, tensors.hidden_size)
-            block = ffn.clone_module(tensors.down)
-            for part, tensor in parts:
-                content = self._reader.row_range(tensor, start, stop)
-                block[part] = to_array(content, tensor.dtype, tensor.shape[1:])
-            yield block
 
 
 class _SideFileUnits:
-    """Units from the side file; whole products, which it cannot serve cheaper, from the rows."""
+    """Units from the side file; what it cannot serve cheaper, from the rows."""
 
-    def __init__(self, side_file: UnitMajorFile, rows: _StoredRows):
+    def __init__(self, side_file: UnitMajorFile, stored: _StoredRows):
         self.gather = side_file.gather
-        self.down_product = rows.down_product
+        self.rows = stored.rows
+        self.down = stored.down
+        self.down_product = stored.down_product
 
 
 class _WholeLayers(ResidentUnits):
@@ -234,9 +250,17 @@ class _CastUnits:
     def gather(self, layer: int, units: mx.array) -> GatheredUnits:
         gathered = self._source.gather(layer, units)
         return GatheredUnits(
-            {name: self._cast(linear) for name, linear in gathered.row_projections.items()},
-            gathered.columns.astype(self._dtype),
+            self._cast_all(gathered.row_projections), gathered.columns.astype(self._dtype)
         )
+
+    def rows(self, layer: int, units: mx.array) -> dict[str, nn.Module]:
+        return self._cast_all(self._source.rows(layer, units))
+
+    def down(self, layer: int) -> nn.Module:
+        return self._cast(self._source.down(layer))
+
+    def _cast_all(self, projections: dict[str, nn.Module]) -> dict[str, nn.Module]:
+        return {name: self._cast(linear) for name, linear in projections.items()}
 
     def _cast(self, linear: nn.Module) -> nn.Module:
         plain = nn.Linear(1, 1, bias=False)

@@ -5,8 +5,9 @@ FFNs is the dense model's own arrays, shared and not copied, so many sub-network
 cost their FFN slices and one of everything else.
 
 Quantized checkpoints: gate and up rows are gathered packed, bit for bit. Columns of the down
-projection cut across its quantization groups, so they are taken apart and then either kept as
-plain weights, which is exact, or quantized again at 8 bits, whose error is measured.
+projection cut across its quantization groups, so they are taken apart and quantized again at 8
+bits, whose error is measured. Where exactness is asked for, they are kept as plain weights, or the
+packed projection stays whole (``whole_down``), whichever is smaller.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from ifp_mlx import ffn
 from ifp_mlx.calibration import Calibration
 from ifp_mlx.gather import UnitMajorLinear, take_columns, take_rows
 from ifp_mlx.selection import Selection
+from ifp_mlx.whole_down import WholeDown, is_smaller_whole
 
 REQUANTIZED_DOWN_BITS = 8
 """At 8 bits the second rounding of a down projection is far below the first."""
@@ -46,6 +48,12 @@ class UnitSource(Protocol):
     def gather(self, layer: int, units: mx.array) -> GatheredUnits:
         """Return the given (K,) int32 units of a layer."""
 
+    def rows(self, layer: int, units: mx.array) -> dict[str, nn.Module]:
+        """Return only the row projections of the given units."""
+
+    def down(self, layer: int) -> nn.Module:
+        """Return a layer's down projection as it is stored."""
+
     def down_product(self, layer: int, activations: mx.array) -> mx.array:
         """Return (D,) float32: a layer's down projection times (F,) unit activations."""
 
@@ -61,12 +69,17 @@ class ResidentUnits:
 
     def gather(self, layer: int, units: mx.array) -> GatheredUnits:
         """Return the given units of a layer."""
+        return GatheredUnits(self.rows(layer, units), self._columns(self.down(layer), units))
+
+    def rows(self, layer: int, units: mx.array) -> dict[str, nn.Module]:
+        """Return the row projections of the given units."""
         module = self._ffns[layer]
         rows = mx.concatenate([units, units + self._num_units]) if self._layout.fused else units
-        return GatheredUnits(
-            {name: slice_rows(module[name], rows) for name in self._layout.row_projections},
-            self._columns(module[self._layout.down], units),
-        )
+        return {name: slice_rows(module[name], rows) for name in self._layout.row_projections}
+
+    def down(self, layer: int) -> nn.Module:
+        """Return a layer's down projection."""
+        return cast(nn.Module, self._ffns[layer][self._layout.down])
 
     def _columns(self, down: nn.Module, units: mx.array) -> mx.array:
         if isinstance(down, UnitMajorLinear):
@@ -75,8 +88,7 @@ class ResidentUnits:
 
     def down_product(self, layer: int, activations: mx.array) -> mx.array:
         """Return the down projection times unit activations; contracts the units."""
-        down = self._ffns[layer][self._layout.down]
-        return dequantized(down, self._dtype).astype(mx.float32) @ activations
+        return dequantized(self.down(layer), self._dtype).astype(mx.float32) @ activations
 
 
 @dataclasses.dataclass
@@ -121,7 +133,8 @@ def slice_model(
             ``mx.take`` reads out of range without complaint.
         compensation: adds the mean contribution of the removed units as a bias of the down
             projection (FLAP, An et al. 2024).
-        exact_down: keep the columns of a quantized down projection as plain weights.
+        exact_down: do not quantize down projections again: keep kept columns as plain weights,
+            or the packed projection whole where that is smaller.
         error: counts the down projections that are quantized again.
 
     Returns:
@@ -181,25 +194,35 @@ def fill_layer(
     """
     layout = ffn.ffn_layout(compact.args.model_type)
     module = ffn.ffn_modules(compact)[layer]
-    down = module[layout.down]
-    units = source.gather(layer, selection.indices[layer])
-    columns = units.columns
-    projections = units.row_projections
-    if selection.mask_values is not None:
-        values = selection.mask_values[layer]
-        if _can_scale_rows(projections):
-            projections = {**projections, "up_proj": scale_rows(projections["up_proj"], values)}
-        else:
+    indices = selection.indices[layer]
+    values = None if selection.mask_values is None else selection.mask_values[layer]
+    dtype = compute_dtype(compact)
+    whole = exact_down and is_smaller_whole(module[layout.down], len(indices), dtype)
+    if whole:
+        projections = source.rows(layer, indices)
+    else:
+        units = source.gather(layer, indices)
+        projections = units.row_projections
+    if values is not None and _can_scale_rows(projections):
+        projections = {**projections, "up_proj": scale_rows(projections["up_proj"], values)}
+        values = None
+    if whole:
+        down = ffn.clone_module(source.down(layer))
+    else:
+        columns = units.columns
+        if values is not None:
             columns = (columns * values).astype(columns.dtype)
-    for name, linear in projections.items():
-        module[name] = linear
-    module[layout.down] = make_down(down, columns, exact=exact_down)
-    if error is not None and isinstance(module[layout.down], nn.QuantizedLinear):
-        error.add(columns, dequantized(module[layout.down], mx.float32))
+        dtype = columns.dtype
+        down = make_down(module[layout.down], columns, exact=exact_down)
+        if error is not None and isinstance(down, nn.QuantizedLinear):
+            error.add(columns, dequantized(down, mx.float32))
     if compensation is not None:
         removed = 1 - selection.mask()[layer]  # (F,)
         offset = source.down_product(layer, compensation.mean_activation[layer] * removed)
-        _add_bias(module[layout.down], offset.astype(columns.dtype))
+        _add_bias(down, offset.astype(dtype))
+    for name, linear in projections.items():
+        module[name] = linear
+    module[layout.down] = WholeDown(down, indices, values) if whole else down
 
 
 def slice_rows(linear: nn.Module, rows: mx.array) -> nn.Module:
@@ -236,6 +259,24 @@ def make_down(down: nn.Module, columns: mx.array, *, exact: bool) -> nn.Module:
         return plain
     quantized: nn.Module = nn.QuantizedLinear.from_linear(plain, group_size, REQUANTIZED_DOWN_BITS)
     return quantized
+
+
+def with_cut_downs(model: nn.Module) -> nn.Module:
+    """Return a copy of a compact model, sharing its arrays, in which no down projection is whole.
+
+    That is an ordinary model of K units a layer; kept columns are plain weights in it. Lazy.
+    """
+    dtype = compute_dtype(model)
+
+    def cut(_: int, down: nn.Module) -> nn.Module:
+        if not isinstance(down, WholeDown):
+            return down
+        columns = take_columns(dequantized(down.down, dtype), down.units)  # (D, F) -> (D, K)
+        if down.factors is not None:
+            columns = (columns * down.factors).astype(dtype)
+        return ffn.plain_linear(columns, down.down.get("bias"))
+
+    return ffn.with_wrapped_down(model, cut)
 
 
 def down_requantization_error(model: nn.Module, compact: nn.Module, selection: Selection) -> float:
