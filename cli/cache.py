@@ -96,6 +96,8 @@ def show(name: Name, as_json: options.AsJson = False) -> None:
     facts.add_row("units", f"{entry.key.num_kept_units} of {entry.num_units} in each layer")
     facts.add_row("selector", f"{entry.key.selector} (version {entry.key.selector_version})")
     facts.add_row("model", entry.model_name)
+    if entry.requantization_error:
+        facts.add_row("down", f"quantized again at 8 bits, error {entry.requantization_error:.2%}")
     facts.add_row("created", f"{_age(entry.created_s)}, used {_age(entry.last_used_s)}")
     facts.add_row("file", f"{entry.path} ({gigabytes(entry.size_bytes)})")
     console = answer_console()
@@ -232,6 +234,7 @@ def _record(entry: CacheEntry) -> dict[str, Any]:
         "created": _iso(entry.created_s),
         "last_used": _iso(entry.last_used_s),
         "size_bytes": entry.size_bytes,
+        "requantization_error": entry.requantization_error,
         "path": str(entry.path),
     }
 

@@ -117,16 +117,21 @@ def describe_subnetwork(subnet: SubNetwork) -> str:
         overlap = subnet.reuse_overlap or 0.0
         return (
             f'reused "{title(subnet.reused_task)}" {purpose} (overlap {overlap:.2f}): '
-            f"{amount}, {subnet.selector}"
+            f"{amount}, {subnet.selector}{_requantization(subnet)}"
         )
     times = f"sliced in {duration(subnet.slicing_s)}"
-    if subnet.requantization_error:
-        # Columns of a quantized down projection cannot be gathered: they were rounded again.
-        times += f", down projections at 8 bits (error {subnet.requantization_error:.2%})"
+    times += _requantization(subnet)
     if subnet.from_cache:
         return f"cache hit {purpose}: {amount}, {subnet.selector}, {times}"
     selected = f"selected in {duration(subnet.selection_s)}"
     return f"selected {amount} {purpose}: {subnet.selector}, {selected}, {times}"
+
+
+def _requantization(subnet: SubNetwork) -> str:
+    """Return what to say of columns of packed down projections, which were rounded again."""
+    if not subnet.requantization_error:
+        return ""
+    return f", down projections at 8 bits (error {subnet.requantization_error:.2%})"
 
 
 def mean_overlap(one: Selection, other: Selection) -> float:

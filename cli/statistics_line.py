@@ -71,6 +71,7 @@ def statistics_record(subnet: SubNetwork, stats: GenerationStats) -> dict[str, A
         "reuse_overlap": subnet.reuse_overlap,
         "selection_ms": subnet.selection_s * 1000,
         "slicing_ms": subnet.slicing_s * 1000,
+        "requantization_error": subnet.requantization_error,
         "prompt_tokens": stats.prompt_tokens,
         "cached_prompt_tokens": stats.cached_prompt_tokens,
         "prompt_tps": stats.prompt_tps,

@@ -1,6 +1,7 @@
 """The one place that puts the parts together: a checkpoint, a selector, a cache, a conversation."""
 
 import collections
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -249,11 +250,11 @@ class Assistant:
         key = self.cache_key(task, num_kept_units)
         cached = self.cache.get(key)
         if cached is not None:
-            return self._cut(cached, task=task, from_cache=True)
+            return self._cut_cached(key, cached, from_cache=True)
         with self.cache.lock(key):
             cached = self.cache.get(key)  # another process may have been faster
             if cached is not None:
-                return self._cut(cached, task=task, from_cache=True)
+                return self._cut_cached(key, cached, from_cache=True)
             selection, selection_s = self._select(task, num_kept_units)
             reused = self._reuse_threshold and self.cache.find_overlapping(
                 key, selection, self._reuse_threshold
@@ -271,7 +272,7 @@ class Assistant:
                 self.cache.put(key, selection, self.model_path.name)
             except ResourceError as error:
                 self._on_warning(f"the sub-network is not cached: {error}")
-        return self._cut(selection, task=task, selection_s=selection_s)
+        return self._cut_cached(key, selection, selection_s=selection_s)
 
     def subnetwork_for_prompt(self, text: str, num_kept_units: int) -> SubNetwork:
         """Return the sub-network that one prompt selects for itself; nothing is cached on disk.
@@ -355,6 +356,14 @@ class Assistant:
                 [message], add_generation_prompt=True, return_dict=False
             )
         )
+
+    def _cut_cached(self, key: CacheKey, selection: Selection, **facts: Any) -> SubNetwork:
+        """Return the sub-network of a cache entry; note in it what quantizing again cost."""
+        subnet = self._cut(selection, task=key.task, **facts)
+        if self.cache is not None:
+            with contextlib.suppress(ResourceError):  # a read-only cache still serves
+                self.cache.note_requantization_error(key, subnet.requantization_error)
+        return subnet
 
     def _cut(
         self,

@@ -26,6 +26,7 @@ from ifp_mlx.selection import Selection
 DEFAULT_MAX_BYTES = 256 * 10**6  # about 2,000 sub-networks of the default model
 FORMAT_VERSION = "1"
 _SUFFIX = ".safetensors"
+_REQUANTIZATION_ERROR = "requantization_error"  # a field of the header
 _LOCK_TIMEOUT_S = 120.0
 _MIN_PREFIX = 4
 
@@ -79,6 +80,8 @@ class CacheEntry:
         last_used_s: seconds since 1970; the file's modification time.
         size_bytes: of the file.
         path: the file.
+        requantization_error: relative error of quantizing its columns of down projections again,
+            0 where that was not needed; None if it was never cut.
     """
 
     key: CacheKey
@@ -88,6 +91,7 @@ class CacheEntry:
     last_used_s: float
     size_bytes: int
     path: Path
+    requantization_error: float | None
 
     def load(self) -> Selection:
         """Return the selection.
@@ -171,6 +175,20 @@ class SubNetCache:
         selection.save(path, header)
         self.prune(self.max_bytes, keep=path)
         return self._read_entry(path)
+
+    def note_requantization_error(self, key: CacheKey, error: float) -> None:
+        """Write into an entry, if there is one, what quantizing its columns again cost.
+
+        Raises:
+            ResourceError: the disk is full or the folder cannot be written.
+        """
+        path = self._path(key)
+        if not path.exists():
+            return
+        with contextlib.suppress(SelectionError):  # damaged since: the next ``get`` reports it
+            selection, header = Selection.load(path)
+            if header.get(_REQUANTIZATION_ERROR) != repr(error):
+                selection.save(path, {**header, _REQUANTIZATION_ERROR: repr(error)})
 
     def entries(self) -> list[CacheEntry]:
         """Return every readable entry, most recently used first."""
@@ -290,6 +308,7 @@ class SubNetCache:
             status = path.stat()
             names = [field.name for field in dataclasses.fields(CacheKey)]
             fields = {name: header[name] for name in names}
+            error = header.get(_REQUANTIZATION_ERROR)
             return CacheEntry(
                 key=CacheKey(**{**fields, "num_kept_units": int(header["num_kept_units"])}),  # type: ignore[arg-type]
                 num_units=int(header["num_units"]),
@@ -298,6 +317,7 @@ class SubNetCache:
                 last_used_s=status.st_mtime,
                 size_bytes=status.st_size,
                 path=path,
+                requantization_error=None if error is None else float(error),
             )
         except (ValueError, KeyError, OSError) as error:
             raise CacheError(f"{path} is not a cache entry: {error}") from error

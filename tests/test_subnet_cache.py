@@ -40,6 +40,20 @@ def test_stored_selection_comes_back(tmp_path: Path) -> None:
     assert (found.num_units, found.selector) == (24, "static")
 
 
+def test_requantization_error_is_kept_with_the_entry(tmp_path: Path) -> None:
+    cache = SubNetCache(tmp_path)
+    stored = cache.put(make_key(), make_selection(), "tiny")
+    assert stored.requantization_error is None
+    for error in (0.0041, 0.0):  # as it is loaded, then exactly
+        cache.note_requantization_error(make_key(), error)
+        (entry,) = cache.entries()
+        assert entry.requantization_error == error
+        assert (entry.model_name, entry.created_s) == ("tiny", stored.created_s)
+        assert mx.array_equal(entry.load().indices, make_selection().indices)
+    cache.note_requantization_error(make_key("write Rust"), 0.1)
+    assert len(cache.entries()) == 1
+
+
 @pytest.mark.parametrize(
     "changes",
     [

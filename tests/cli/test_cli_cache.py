@@ -3,7 +3,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
 import pytest
+
+from ifp_mlx import checkpoint
 
 Run = Callable[..., Any]
 
@@ -50,6 +54,37 @@ def test_cache_show_compares_with_the_other_entries(filled: Run) -> None:
 def test_cache_show_takes_the_beginning_of_a_key(filled: Run) -> None:
     key = json.loads(filled("cache", "list", "--json").stdout)[0]["key"]
     assert json.loads(filled("cache", "show", key[:8], "--json").stdout)["key"] == key
+
+
+def test_cache_show_tells_the_error_of_quantizing_again(
+    ifp: Run, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "automatic_dtype", lambda model: None)  # as on a GPU
+    packed = tmp_path / "packed"
+    ifp("quantize", small_model, "-o", packed, "--bits", "4", "--group-size", "32")
+    added = ifp("cache", "add", "write words", "--model", packed, "--keep-units", "64")
+    record = json.loads(ifp("cache", "show", "write words", "--json").stdout)
+    squares = np.zeros(2)
+    indices = np.array(mx.load(record["path"])["indices"])
+    arrays = mx.load(str(packed / "model.safetensors"))
+    for layer, units in enumerate(indices):
+        name = f"model.layers.{layer}.mlp.down_proj"
+        parts = [arrays[f"{name}.{part}"] for part in ("weight", "scales", "biases")]
+        columns = np.array(mx.dequantize(*parts, group_size=32, bits=4))[:, units]
+        again = mx.dequantize(*mx.quantize(mx.array(columns), 32, 8), group_size=32, bits=8)
+        squares += ((np.array(again) - columns) ** 2).sum(), (columns**2).sum()
+    error = np.sqrt(squares[0] / squares[1])
+    assert 0 < record["requantization_error"] == pytest.approx(error, rel=1e-4)
+    told = f"{error:.2%}"
+    assert told in added.stderr
+    assert told in ifp("cache", "show", "write words").stdout
+    # Exactly, from the same entry.
+    ifp("generate", "Go", "--task", "write words", "--model", packed, "--keep-units", "64",
+        "--max-tokens", "1", "--exact-down")  # fmt: skip
+    assert (
+        json.loads(ifp("cache", "show", "write words", "--json").stdout)["requantization_error"]
+        == 0
+    )
 
 
 def test_cache_add_prints_the_entry(ifp: Run, small_model: Path) -> None:
