@@ -51,8 +51,8 @@ def distillation_loss(
         batch: gives the weights.
         config: top_tokens and temperature.
     """
-    student = logits.astype(mx.float32) / config.temperature
-    teacher = mx.stop_gradient(teacher_logits.astype(mx.float32)) / config.temperature
+    student = _softened(logits, config.temperature)
+    teacher = _softened(mx.stop_gradient(teacher_logits), config.temperature)
     if 0 < config.top_tokens < teacher.shape[-1]:
         top = mx.argpartition(-teacher, config.top_tokens - 1, axis=-1)[:, : config.top_tokens]
         student = mx.take_along_axis(student, top, axis=-1)
@@ -62,6 +62,12 @@ def distillation_loss(
     normalisers = mx.logsumexp(teacher, axis=-1) - mx.logsumexp(student, axis=-1)
     divergence = (likely * (teacher - student)).sum(axis=-1) - normalisers
     return (batch.weights * divergence).sum() * config.temperature**2
+
+
+def _softened(logits: mx.array, temperature: float) -> mx.array:
+    # The largest array of a step: no copy of it that changes nothing.
+    logits = logits.astype(mx.float32)
+    return logits if temperature == 1.0 else logits / temperature
 
 
 def mean_pairwise_overlap(masks: mx.array, keep_units: int) -> mx.array:

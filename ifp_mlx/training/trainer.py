@@ -240,7 +240,7 @@ class Trainer:
 
     def _loss(self, tensors: list[mx.array], masks: mx.array | None, batch: Batch) -> mx.array:
         model = self.masked.set(tensors, masks)
-        logits = target_logits(model, batch)
+        logits = target_logits(model, batch).astype(mx.float32)
         loss = weighted_cross_entropy(logits, batch)
         if self._teacher is not None:
             teacher_logits = target_logits(self._teacher, batch)
