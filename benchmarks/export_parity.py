@@ -1,0 +1,171 @@
+"""Check that an exported sub-network answers alike here, in mlx-lm and in transformers.
+
+    python benchmarks/export_parity.py export MODEL FOLDER
+    python benchmarks/export_parity.py check FOLDER
+
+``export`` writes a sub-network with ``ifp export`` as ``FOLDER/plain``, ``FOLDER/4-bits`` and
+``FOLDER/model.gguf``, and what ``ifp`` answers greedily, token by token, as
+``FOLDER/expected.json``. ``check`` needs mlx-lm, transformers, torch and gguf, and refuses to run
+where ifp_mlx is installed. It compares tokens, and the shapes in the GGUF file. Status 1 if
+anything differs; ends with one JSON line.
+"""
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TASK = "help me write Python"
+NEW_TOKENS = 64
+PROMPTS = (
+    "Explain step by step how a binary search works in Python, with code and comments.",
+    "Write a long story about a dog who sails around the world.",
+    "List ten facts about the planet Mars.",
+    "Explain the difference between a list, a tuple and a dictionary in Python, with examples.",
+    "Write a letter to a friend about a journey through Italy.",
+    "Write a detailed essay about the history of the printing press.",
+    "Write a haiku about the sea.",  # a short answer
+)
+
+
+def export(model: str, folder: Path) -> dict[str, Any]:
+    """Write the sub-network in its forms and return what is expected of them."""
+    from ifp_mlx.blas import prefer_openblas
+
+    prefer_openblas()  # before mlx is imported
+
+    from ifp_mlx.assistant import Assistant
+    from ifp_mlx.checkpoint import load_model, load_tokenizer
+    from ifp_mlx.conversation import Conversation
+    from ifp_mlx.convert.registry import resolve_model
+
+    command = [str(Path(sys.executable).with_name("ifp")), "export", "--model", model]
+    command += ["--task", TASK, "--force", "-o"]
+    plain, packed = folder / "plain", folder / "4-bits"
+    subprocess.run([*command, plain, "--gguf", folder / "model.gguf"], check=True)
+    subprocess.run([*command, packed, "--quantize", "4", "--group-size", "32"], check=True)
+    assistant = Assistant.load(resolve_model(model))
+    subnet = assistant.subnetwork_for_task(TASK, assistant.default_num_kept_units)
+    packed_model, config = load_model(packed)
+    length = int(config["max_position_embeddings"])
+    return {
+        "selector": subnet.selector,
+        "num_kept_units": subnet.num_kept_units,
+        "num_layers": assistant.num_layers,
+        "hidden_size": config["hidden_size"],
+        "plain": answers(lambda: assistant.converse(subnet)),
+        "4-bits": answers(lambda: Conversation(packed_model, load_tokenizer(packed), length)),
+    }
+
+
+def answers(converse: Callable[[], Any]) -> list[list[int]]:
+    """Return the first tokens of a fresh conversation's reply to each prompt."""
+    from ifp_mlx.conversation import SamplingOptions
+
+    tokens = []
+    for prompt in PROMPTS:
+        conversation = converse()
+        for _ in conversation.reply(prompt, SamplingOptions(max_new_tokens=NEW_TOKENS + 1)):
+            pass
+        start = conversation.stats.prompt_tokens
+        tokens.append(conversation.kv_token_ids[start : start + NEW_TOKENS])
+    return tokens
+
+
+def mlx_lm_answers(folder: Path) -> list[list[int]]:
+    """Return mlx-lm's tokens for each prompt."""
+    import mlx_lm
+
+    model, tokenizer = mlx_lm.load(str(folder))
+    tokens = []
+    for prompt in PROMPTS:
+        message = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+        replies = mlx_lm.stream_generate(model, tokenizer, ids, max_tokens=NEW_TOKENS)
+        tokens.append([reply.token for reply in replies])
+    return tokens
+
+
+def transformers_answers(folder: Path) -> list[list[int]]:
+    """Return transformers' tokens for each prompt, in float32."""
+    import torch
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = []
+    for prompt in PROMPTS:
+        message = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        reply = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+        tokens.append(reply[0, inputs["input_ids"].shape[1] :].tolist())
+    return tokens
+
+
+def gguf_fits(file: Path, expected: dict[str, Any]) -> bool:
+    """Return whether a GGUF file says K and has FFN matrices of that width."""
+    import gguf
+
+    reader = gguf.GGUFReader(file)
+    shapes = {tensor.name: [int(n) for n in tensor.shape] for tensor in reader.tensors}
+    kept, hidden = expected["num_kept_units"], expected["hidden_size"]
+    fits = reader.get_field("llama.feed_forward_length").contents() == kept
+    for layer in range(expected["num_layers"]):  # GGUF names the fastest axis first
+        fits &= shapes[f"blk.{layer}.ffn_gate.weight"] == [hidden, kept]
+        fits &= shapes[f"blk.{layer}.ffn_up.weight"] == [hidden, kept]
+        fits &= shapes[f"blk.{layer}.ffn_down.weight"] == [kept, hidden]
+    return fits
+
+
+def check(folder: Path) -> dict[str, Any]:
+    """Return how many answers are the same, for each form and program."""
+    if importlib.util.find_spec("ifp_mlx") is not None:
+        raise SystemExit("ifp_mlx is installed here; run this where it is not")
+    expected = json.loads((folder / "expected.json").read_text())
+    programs = {
+        "plain, mlx-lm": ("plain", mlx_lm_answers),
+        "plain, transformers": ("plain", transformers_answers),
+        "4-bits, mlx-lm": ("4-bits", mlx_lm_answers),
+    }
+    same: dict[str, Any] = {}
+    for name, (form, answer) in programs.items():
+        pairs = zip(answer(folder / form), expected[form], strict=True)
+        # Ours leave out the token that ends a reply.
+        equal = [found[: len(own)] == own and len(found) - len(own) <= 1 for found, own in pairs]
+        same[name] = equal
+        lengths = [len(tokens) for tokens in expected[form]]
+        print(f"{name}: {sum(equal)} of {len(equal)} answers equal, tokens {lengths}", flush=True)
+    same["gguf"] = gguf_fits(folder / "model.gguf", expected)
+    print(f"gguf: shapes {'fit' if same['gguf'] else 'differ'}")
+    return same
+
+
+def main() -> None:
+    """Parse, export or check, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    exporting = commands.add_parser("export")
+    exporting.add_argument("model")
+    exporting.add_argument("folder", type=Path)
+    commands.add_parser("check").add_argument("folder", type=Path)
+    options = parser.parse_args()
+    if options.command == "export":
+        options.folder.mkdir(parents=True, exist_ok=True)
+        expected = export(options.model, options.folder)
+        (options.folder / "expected.json").write_text(json.dumps(expected))
+        print(f"{expected['selector']}, K = {expected['num_kept_units']}")
+        return
+    same = check(options.folder)
+    print(json.dumps(same))
+    if not all(all(value) if isinstance(value, list) else value for value in same.values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
