@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated
 
 import typer
 
+from ifp_mlx.cli import options, writing_options
 from ifp_mlx.cli.progress import bytes_progress
 from ifp_mlx.cli.terminal import gigabytes, print_json, say
-from ifp_mlx.errors import UsageError
-
-if TYPE_CHECKING:
-    import mlx.core as mx
-
-DtypeName = Literal["float32", "float16", "bfloat16"]
-
-
-def dtype_named(name: str | None) -> mx.Dtype | None:
-    """Return the mlx type with this name."""
-    if name is None:
-        return None
-    import mlx.core as mx
-
-    dtype: mx.Dtype = getattr(mx, name)
-    return dtype
+from ifp_mlx.cli.writing_options import (
+    DtypeName,
+    asked_quantization,
+    dtype_named,
+    refuse_existing,
+)
 
 
 def convert(
@@ -35,9 +26,7 @@ def convert(
             show_default=False,
         ),
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="The folder to create.", show_default=False)
-    ],
+    output: writing_options.Output,
     dtype: Annotated[
         DtypeName | None,
         typer.Option(
@@ -46,25 +35,9 @@ def convert(
             show_default="as described",
         ),
     ] = None,
-    quantize: Annotated[
-        int | None,
-        typer.Option(
-            "--quantize",
-            "--q-bits",
-            metavar="BITS",
-            help="Quantize to this many bits; ifp quantize has more choices.",
-            show_default="no",
-        ),
-    ] = None,
-    group_size: Annotated[
-        int | None,
-        typer.Option(
-            "--group-size",
-            "--q-group-size",
-            help="Weights that share a scale, with --quantize.",
-            show_default="64",
-        ),
-    ] = None,
+    quantize: writing_options.QuantizeTo = None,
+    group_size: writing_options.GroupSize = None,
+    mode: writing_options.Mode = None,
     unit_major: Annotated[
         bool,
         typer.Option(
@@ -72,26 +45,16 @@ def convert(
             help="Also store the FFN units one by one, as ifp prepare does, for fast loading.",
         ),
     ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace the output folder if it exists.")
-    ] = False,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON on standard output.")
-    ] = False,
+    force: writing_options.Overwrite = False,
+    json_output: options.AsJson = False,
 ) -> None:
     """Convert a model into a folder that ifp and mlx-lm can read."""
     from ifp_mlx.convert.conversion import convert_checkpoint
     from ifp_mlx.convert.hub import fetch_from_hub, is_hub_id
-    from ifp_mlx.convert.quantize import make_quantization
     from ifp_mlx.origin import Origin
 
-    if output.exists() and not force:
-        raise UsageError(f"{output} exists already; choose another name or pass --force")
-    if group_size is not None and quantize is None:
-        raise UsageError("--group-size needs --quantize BITS")
-    quantization = None
-    if quantize is not None:
-        quantization = make_quantization(bits=quantize, group_size=group_size)
+    refuse_existing(output, force=force)
+    quantization = asked_quantization(quantize, group_size, mode)
     with bytes_progress() as progress:
         path, origin = Path(source).expanduser(), None
         if not path.exists() and is_hub_id(source):

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ifp_mlx.cli import options
-from ifp_mlx.cli.convert import DtypeName, dtype_named
+from ifp_mlx.cli import options, writing_options
 from ifp_mlx.cli.loading import (
     ModelChoice,
     SubnetChoice,
@@ -18,23 +17,24 @@ from ifp_mlx.cli.loading import (
 )
 from ifp_mlx.cli.measuring import measuring
 from ifp_mlx.cli.progress import bytes_progress
-from ifp_mlx.cli.quantize import Mode
 from ifp_mlx.cli.terminal import gigabytes, print_json, say
+from ifp_mlx.cli.writing_options import (
+    DtypeName,
+    asked_quantization,
+    dtype_named,
+    refuse_existing,
+)
 from ifp_mlx.errors import UsageError
 
 if TYPE_CHECKING:
     from ifp_mlx.assistant import Assistant, SubNetwork
     from ifp_mlx.convert.model_card import MeasuredQuality
-    from ifp_mlx.convert.quantize import Quantization
 
-_FORM = "Written form"
 GGUFType = Literal["f32", "f16", "bf16", "q8_0"]
 
 
 def export(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="The folder to create.", show_default=False)
-    ],
+    output: writing_options.Output,
     task: options.Task = None,
     selection: Annotated[
         Path | None,
@@ -53,43 +53,15 @@ def export(
     model: options.Model = options.DEFAULT_MODEL,
     adapter: options.Adapter = None,
     no_adapter: options.NoAdapter = False,
-    quantize: Annotated[
-        int | None,
-        typer.Option(
-            "--quantize",
-            "--q-bits",
-            metavar="BITS",
-            help="Quantize the sliced weights to this many bits.",
-            show_default="no",
-            rich_help_panel=_FORM,
-        ),
-    ] = None,
-    group_size: Annotated[
-        int | None,
-        typer.Option(
-            "--group-size",
-            "--q-group-size",
-            help="Weights that share a scale.",
-            show_default="64",
-            rich_help_panel=_FORM,
-        ),
-    ] = None,
-    mode: Annotated[
-        Mode | None,
-        typer.Option(
-            "--mode",
-            "--q-mode",
-            help="Quantize in this number format.",
-            show_default="affine",
-            rich_help_panel=_FORM,
-        ),
-    ] = None,
+    quantize: writing_options.QuantizeTo = None,
+    group_size: writing_options.GroupSize = None,
+    mode: writing_options.Mode = None,
     dequantize: Annotated[
         bool,
         typer.Option(
             "--dequantize",
             help="Write packed weights as plain ones, which transformers can read.",
-            rich_help_panel=_FORM,
+            rich_help_panel=writing_options.FORM,
         ),
     ] = False,
     dtype: Annotated[
@@ -97,7 +69,7 @@ def export(
         typer.Option(
             help="Floating type to write.",
             show_default="the one computed in",
-            rich_help_panel=_FORM,
+            rich_help_panel=writing_options.FORM,
         ),
     ] = None,
     gguf: Annotated[
@@ -106,11 +78,14 @@ def export(
             "--gguf",
             metavar="FILE",
             help="Also write the sub-network as a GGUF file, for llama.cpp.",
-            rich_help_panel=_FORM,
+            rich_help_panel=writing_options.FORM,
         ),
     ] = None,
     gguf_type: Annotated[
-        GGUFType, typer.Option(help="How the GGUF file stores matrices.", rich_help_panel=_FORM)
+        GGUFType,
+        typer.Option(
+            help="How the GGUF file stores matrices.", rich_help_panel=writing_options.FORM
+        ),
     ] = "f16",
     data: Annotated[
         Path | None,
@@ -122,12 +97,8 @@ def export(
         ),
     ] = None,
     limit: Annotated[int, typer.Option("--limit", help="Examples of each domain to measure.")] = 20,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace the output folder if it exists.")
-    ] = False,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON on standard output.")
-    ] = False,
+    force: writing_options.Overwrite = False,
+    json_output: options.AsJson = False,
 ) -> None:
     """Write a sub-network as a model folder of its own, which needs nothing of ifp.
 
@@ -135,10 +106,12 @@ def export(
     """
     if (task is None) == (selection is None):
         raise UsageError("give --task or --selection, one of them")
-    for target in (output, gguf):
-        if target is not None and target.exists() and not force:
-            raise UsageError(f"{target} exists already; choose another name or pass --force")
-    quantization = _quantization(quantize, group_size, mode, dequantize=dequantize)
+    refuse_existing(output, force=force)
+    if gguf is not None:
+        refuse_existing(gguf, force=force)
+    quantization = asked_quantization(quantize, group_size, mode)
+    if dequantize and quantization is not None:
+        raise UsageError("--dequantize and --quantize exclude each other; give one")
     choice = SubnetChoice(task=task, keep=keep, keep_units=keep_units)
     assistant = load_assistant(
         ModelChoice(
@@ -213,20 +186,6 @@ def export(
         say(f"{gguf}: {gigabytes(gguf.stat().st_size)}")
     if not made.is_plain:
         say("its weights are packed, for mlx-lm; --dequantize writes them for transformers")
-
-
-def _quantization(
-    bits: int | None, group_size: int | None, mode: Mode | None, *, dequantize: bool
-) -> Quantization | None:
-    if bits is None and mode is None:
-        if group_size is not None:
-            raise UsageError("--group-size needs --quantize BITS or --mode")
-        return None
-    if dequantize:
-        raise UsageError("--dequantize and --quantize exclude each other; give one")
-    from ifp_mlx.convert.quantize import make_quantization
-
-    return make_quantization(bits=bits, group_size=group_size, mode=mode or "affine")
 
 
 def _subnetwork(assistant: Assistant, choice: SubnetChoice, file: Path | None) -> SubNetwork:

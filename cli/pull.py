@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from ifp_mlx.cli.convert import DtypeName, dtype_named
+from ifp_mlx.cli import options
 from ifp_mlx.cli.progress import bytes_progress
 from ifp_mlx.cli.terminal import gigabytes, print_json, say
+from ifp_mlx.cli.writing_options import DtypeName, dtype_named
 
 
 def pull(
@@ -31,9 +32,7 @@ def pull(
         typer.Option(help="Floating type to store.", show_default="chosen for this machine"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Fetch and convert again.")] = False,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON on standard output.")
-    ] = False,
+    json_output: options.AsJson = False,
 ) -> None:
     """Fetch a model, verify it and convert it into the models folder.
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from ifp_mlx.cli import options, writing_options
 from ifp_mlx.cli.progress import bytes_progress
 from ifp_mlx.cli.terminal import gigabytes, print_json, say
 
-Mode = Literal["affine", "mxfp4", "mxfp8", "nvfp4"]
 Recipe = Literal["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"]
 
 
@@ -22,9 +21,7 @@ def quantize(
             show_default=False,
         ),
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="The folder to create.", show_default=False)
-    ],
+    output: writing_options.Output,
     bits: Annotated[
         int | None,
         typer.Option(
@@ -32,18 +29,11 @@ def quantize(
             "--q-bits",
             help="Bits of a weight: 2, 3, 4, 5, 6 or 8.",
             show_default="4, or what the mode has",
+            rich_help_panel=writing_options.FORM,
         ),
     ] = None,
-    group_size: Annotated[
-        int | None,
-        typer.Option(
-            "--group-size",
-            "--q-group-size",
-            help="Weights that share a scale: 32, 64 or 128.",
-            show_default="64, or what the mode has",
-        ),
-    ] = None,
-    mode: Annotated[Mode, typer.Option("--mode", "--q-mode", help="The number format.")] = "affine",
+    group_size: writing_options.GroupSize = None,
+    mode: writing_options.Mode = None,
     recipe: Annotated[
         Recipe | None,
         typer.Option(
@@ -51,20 +41,19 @@ def quantize(
             "--quant-predicate",
             help="One of mlx-lm's mixes of two widths, the wider one where it matters more.",
             show_default="one width",
+            rich_help_panel=writing_options.FORM,
         ),
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace the output folder if it exists.")
-    ] = False,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON on standard output.")
-    ] = False,
+    force: writing_options.Overwrite = False,
+    json_output: options.AsJson = False,
 ) -> None:
     """Write a quantized copy of a model; it loads in mlx-lm like any other."""
     from ifp_mlx.convert.quantize import make_quantization, quantize_checkpoint
     from ifp_mlx.convert.registry import resolve_model
 
-    quantization = make_quantization(bits=bits, group_size=group_size, mode=mode, recipe=recipe)
+    quantization = make_quantization(
+        bits=bits, group_size=group_size, mode=mode or "affine", recipe=recipe
+    )
     with bytes_progress() as progress:
         made = quantize_checkpoint(
             resolve_model(model), output, quantization, overwrite=force, progress=progress
