@@ -323,3 +323,15 @@ def _quantized(values: np.ndarray, kind: Any) -> np.ndarray:
 def write_tokenizer() -> Callable[[Path], None]:
     """Return the function that writes a byte-level tokenizer's files into a folder."""
     return write_byte_tokenizer
+
+
+@pytest.fixture
+def edit_config() -> Callable[..., None]:
+    """Change a checkpoint's config.json; a value of ``...`` removes the key."""
+
+    def edit(folder: Path, **changes: Any) -> None:
+        config = json.loads((folder / "config.json").read_text()) | changes
+        kept = {key: value for key, value in config.items() if value is not ...}
+        (folder / "config.json").write_text(json.dumps(kept))
+
+    return edit

@@ -1,5 +1,5 @@
-import random
-import struct
+"""GGUF files become checkpoints with the same values."""
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -15,8 +15,6 @@ from mlx.utils import tree_flatten
 from ifp_mlx.checkpoint import load_model, load_tokenizer, read_config
 from ifp_mlx.convert.checkpoint_writer import ShardWriter
 from ifp_mlx.convert.conversion import convert_checkpoint
-from ifp_mlx.convert.gguf_reader import GGUFFile
-from ifp_mlx.convert.gguf_tokenizer import tokenizer_of
 from ifp_mlx.errors import ArchitectureError, CheckpointError, UsageError
 from ifp_mlx.origin import read_origin
 
@@ -223,119 +221,6 @@ def test_conversion_brings_tokenizer_template_and_end_ids(
     assert read_origin(made.path).source == "tiny.gguf"
 
 
-# Tokenizers
-
-
-def byte_level_file(path: Path, pre: str, merges: list[str], **extra: Any) -> GGUFFile:
-    from tokenizers import pre_tokenizers
-
-    writer = gguf.GGUFWriter(path, "llama")
-    tokens = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens += ["".join(merge.split(" ")) for merge in merges] + ["<|end|>", "<tool>"]
-    types = [1] * (len(tokens) - 2) + [gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges(merges)
-    writer.add_eos_token_id(len(tokens) - 2)
-    writer.add_bos_token_id(len(tokens) - 2)
-    for key, value in extra.items():
-        writer.add_key_value(f"tokenizer.ggml.{key}", value, gguf.GGUFValueType.get_type(value))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    return GGUFFile(path)
-
-
-DIGITS = ["1 2", "12 3", "123 4"]
-
-
-@pytest.mark.parametrize(
-    ("pre", "pieces"),
-    [
-        ("gpt-2", ["1234"]),
-        ("smollm", ["1", "2", "3", "4"]),
-        ("starcoder", ["1", "2", "3", "4"]),
-        ("qwen2", ["1", "2", "3", "4"]),
-        ("llama-bpe", ["123", "4"]),
-    ],
-)
-def test_pre_tokenizers_cut_numbers_as_their_models_do(
-    tmp_path: Path, pre: str, pieces: list[str]
-) -> None:
-    file = byte_level_file(tmp_path / "t.gguf", pre, DIGITS, add_bos_token=False)
-    assert tokenizer_of(file).tokenize("1234") == pieces
-
-
-@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "starcoder", "llama-bpe", "smaug-bpe"])
-def test_byte_level_tokenizers_give_every_text_back(tmp_path: Path, pre: str) -> None:
-    file = byte_level_file(tmp_path / "t.gguf", pre, DIGITS)
-    tokenizer = tokenizer_of(file)
-    rng = random.Random(3)
-    alphabet = "ab 1\n\t\r'sT🙂éß漢ﬁ½٣\u00a0\u200b.,_<|end|>{}"
-    for _ in range(300):
-        text = "".join(rng.choice(alphabet) for _ in range(rng.randint(0, 24)))
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        assert tokenizer.decode(ids) == text
-    assert tokenizer.encode("a<|end|><tool>", add_special_tokens=False)[1:] == [259, 260]
-
-
-def test_beginning_token_is_added_where_the_model_was_trained_so(tmp_path: Path) -> None:
-    plain = byte_level_file(tmp_path / "a.gguf", "llama-bpe", DIGITS)
-    assert tokenizer_of(plain).encode("a")[0] == 259
-    off = byte_level_file(tmp_path / "b.gguf", "llama-bpe", DIGITS, add_bos_token=False)
-    assert tokenizer_of(off).encode("a")[0] != 259
-    other = byte_level_file(tmp_path / "c.gguf", "smollm", DIGITS)
-    assert tokenizer_of(other).encode("a")[0] != 259
-
-
-@pytest.mark.parametrize("add_space_prefix", [True, False])
-def test_sentencepiece_tokenizer_equals_sentencepiece(
-    tmp_path: Path, add_space_prefix: bool
-) -> None:
-    import sentencepiece
-
-    text = Path(__file__).read_text(encoding="utf-8").replace("\n", " ")
-    (tmp_path / "text.txt").write_text("\n".join(text[i : i + 200] for i in range(0, 9000, 200)))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "m"), vocab_size=420,
-        model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, add_dummy_prefix=add_space_prefix, minloglevel=2,
-        character_coverage=0.98,
-    )  # fmt: skip
-    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
-    size = model.vocab_size()
-    types = [
-        6 if model.is_byte(i) else 3 if model.is_control(i) else 2 if model.is_unknown(i) else 1
-        for i in range(size)
-    ]
-    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([model.id_to_piece(i) for i in range(size)])
-    writer.add_token_scores([model.get_score(i) for i in range(size)])
-    writer.add_token_types(types)
-    writer.add_bos_token_id(model.bos_id())
-    writer.add_eos_token_id(model.eos_id())
-    writer.add_unk_token_id(model.unk_id())
-    writer.add_add_space_prefix(add_space_prefix)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    tokenizer = tokenizer_of(GGUFFile(tmp_path / "t.gguf"))
-    samples = [text[i : i + 60] for i in range(0, 6000, 97)] + [
-        "  a  b ",
-        "漢字 🙂",
-        "naïve é",
-        "x",
-    ]
-    for sample in samples:
-        ids = tokenizer.encode(sample, add_special_tokens=False)
-        assert ids == model.encode(sample), sample
-        assert tokenizer.decode(ids) == model.decode(ids), sample
-    assert tokenizer.encode("x")[0] == model.bos_id()
-
-
 # What cannot be converted
 
 
@@ -391,61 +276,3 @@ def test_existing_target_is_kept(tiny_gguf: GGUFFactory, tmp_path: Path) -> None
         convert_checkpoint(tiny_gguf(), tmp_path / "out")
     convert_checkpoint(tiny_gguf(name="b.gguf"), tmp_path / "out", overwrite=True)
     assert read_config(tmp_path / "out")["model_type"] == "llama"
-
-
-# Damaged files
-
-
-def test_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
-    for content in (b"", b"GG", b"PK\x03\x04" * 10):
-        (tmp_path / "m.gguf").write_bytes(content)
-        with pytest.raises(CheckpointError):
-            GGUFFile(tmp_path / "m.gguf")
-
-
-@pytest.mark.parametrize(("version", "message"), [(1, "version 1; 2 and 3"), (2**24 * 3, "big-e")])
-def test_other_versions_are_refused(tmp_path: Path, version: int, message: str) -> None:
-    (tmp_path / "m.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", version, 0, 0))
-    with pytest.raises(CheckpointError, match=message):
-        GGUFFile(tmp_path / "m.gguf")
-
-
-@pytest.mark.parametrize("counts", [(2**60, 0), (0, 2**60)])
-def test_counts_beyond_the_file_are_refused(tmp_path: Path, counts: tuple[int, int]) -> None:
-    (tmp_path / "m.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts))
-    with pytest.raises(CheckpointError, match="more than fit into the file"):
-        GGUFFile(tmp_path / "m.gguf")
-
-
-@pytest.mark.parametrize("kept", [0.2, 0.6, 0.95, 0.999])
-def test_truncated_file_is_one_line(tiny_gguf: GGUFFactory, tmp_path: Path, kept: float) -> None:
-    path = tiny_gguf()
-    content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * kept)])
-    with pytest.raises(CheckpointError, match=r"is damaged: .*; fetch the file again"):
-        convert_checkpoint(path, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_mutated_files_are_read_or_refused(tiny_gguf: GGUFFactory, tmp_path: Path) -> None:
-    original = tiny_gguf().read_bytes()
-    header_end = original.index(b"blk.2.ffn_up.weight")
-    rng = random.Random(9)
-    path = tmp_path / "mutated.gguf"
-    refused = 0
-    for _ in range(600):
-        damaged = bytearray(original)
-        for _ in range(rng.randint(1, 3)):
-            at = rng.randrange(header_end)
-            if rng.random() < 0.5:
-                damaged[at] = rng.randrange(256)
-            else:
-                damaged[at : at + 8] = struct.pack("<Q", rng.choice([0, 2**31, 2**63, 2**64 - 1]))
-        path.write_bytes(damaged)
-        try:
-            file = GGUFFile(path)
-            sizes = {tensor.offset + tensor.num_bytes for tensor in file.tensors.values()}
-            assert max(sizes, default=0) <= len(damaged)
-        except CheckpointError:
-            refused += 1
-    assert refused > 200
