@@ -29,7 +29,7 @@ from ifp_mlx.subnetwork import (
     compact_skeleton,
     compute_dtype,
     dequantized,
-    fill_layer,
+    fill_layers,
 )
 from ifp_mlx.tensor_files import StoredTensor
 from ifp_mlx.unit_major import LayerTensors, UnitMajorFile
@@ -101,16 +101,7 @@ def load_subnetwork(
         del stored, base  # what remains of them is in ``compact`` and ``source``
         if dtype is not None:
             source = _CastUnits(source, dtype)
-        for layer in range(selection.num_layers):
-            fill_layer(
-                compact,
-                layer,
-                selection,
-                source,
-                compensation=compensation,
-                exact_down=exact_down,
-                error=error,
-            )
+        for layer in fill_layers(compact, selection, source, compensation, exact_down, error):
             mx.eval(compact.layers[layer].parameters(), error.squared_difference)
             mx.eval(error.squared_reference)
             mx.clear_cache()

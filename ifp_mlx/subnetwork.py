@@ -11,6 +11,7 @@ packed projection stays whole (``whole_down``), whichever is smaller.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Protocol, cast
 
 import mlx.core as mx
@@ -146,17 +147,9 @@ def slice_model(
     """
     selection.validate(model)
     compact = compact_skeleton(model, selection)
-    source = ResidentUnits(model)
-    for layer in range(selection.num_layers):
-        fill_layer(
-            compact,
-            layer,
-            selection,
-            source,
-            compensation=compensation,
-            exact_down=exact_down,
-            error=error,
-        )
+    filling = fill_layers(compact, selection, ResidentUnits(model), compensation, exact_down, error)
+    for _ in filling:
+        pass
     return compact
 
 
@@ -172,27 +165,38 @@ def compact_skeleton(model: nn.Module, selection: Selection) -> nn.Module:
     return compact
 
 
-def fill_layer(
+def fill_layers(
     compact: nn.Module,
-    layer: int,
     selection: Selection,
     source: UnitSource,
-    *,
     compensation: Calibration | None = None,
     exact_down: bool = False,
     error: RequantizationError | None = None,
-) -> None:
-    """Replace the FFN of one layer of a ``compact_skeleton`` by the selected units. Lazy.
+) -> Iterator[int]:
+    """Replace each FFN of a ``compact_skeleton`` by the selected units; yield which one was. Lazy.
 
     Args:
-        compact: changed in place; this layer's FFN is still the dense one.
-        layer: which layer.
+        compact: changed in place, layer by layer.
         selection: validated.
         source: where the units come from.
         compensation: as in ``slice_model``.
         exact_down: as in ``slice_model``.
-        error: counts the down projection if it is quantized again.
+        error: as in ``slice_model``.
     """
+    for layer in range(selection.num_layers):
+        _fill_layer(compact, layer, selection, source, compensation, exact_down, error)
+        yield layer
+
+
+def _fill_layer(
+    compact: nn.Module,
+    layer: int,
+    selection: Selection,
+    source: UnitSource,
+    compensation: Calibration | None,
+    exact_down: bool,
+    error: RequantizationError | None,
+) -> None:
     layout = ffn.ffn_layout(compact.args.model_type)
     module = ffn.ffn_modules(compact)[layer]
     indices = selection.indices[layer]
