@@ -17,7 +17,7 @@ from ifp_mlx.errors import TrainingError
 from ifp_mlx.predictor import PredictorHead, reader_features
 from ifp_mlx.training.config import TrainingConfig
 from ifp_mlx.training.examples import ExampleSet
-from ifp_mlx.training.losses import distillation_loss, target_logits, weighted_cross_entropy
+from ifp_mlx.training.losses import training_loss
 from ifp_mlx.training.masked_model import MaskedModel
 from ifp_mlx.training.optimizer import AdamW, learning_rate_at
 from ifp_mlx.training.predictor_step import Anchor, PredictorTrainer, centred
@@ -240,14 +240,7 @@ class Trainer:
 
     def _loss(self, tensors: list[mx.array], masks: mx.array | None, batch: Batch) -> mx.array:
         model = self.masked.set(tensors, masks)
-        logits = target_logits(model, batch).astype(mx.float32)
-        loss = weighted_cross_entropy(logits, batch)
-        if self._teacher is not None:
-            teacher_logits = target_logits(self._teacher, batch)
-            loss = loss + self.config.distillation.weight * distillation_loss(
-                logits, teacher_logits, batch, self.config.distillation
-            )
-        return loss
+        return training_loss(model, batch, self._teacher, self.config.distillation)
 
     def _masks(self, features: mx.array | None, step: Step) -> mx.array | None:
         if self.predictor is None:
