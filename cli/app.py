@@ -1,9 +1,10 @@
 """The ``ifp`` command: its sub-commands and what every one of them does with errors.
 
 Library modules are imported inside commands, so that ``ifp --help`` and shell completion
-answer without loading mlx.
+answer without loading mlx; and a command line that names its command loads no other command.
 """
 
+import importlib
 import os
 import sys
 from typing import Annotated, NoReturn
@@ -11,24 +12,6 @@ from typing import Annotated, NoReturn
 import typer
 
 from ifp_mlx import __version__
-from ifp_mlx.cli import (
-    bench,
-    cache,
-    calibrate,
-    chat,
-    convert,
-    doctor,
-    eval,
-    export,
-    generate,
-    overlap,
-    prepare,
-    pull,
-    quantize,
-    serve,
-    tasks,
-    train,
-)
 from ifp_mlx.cli.terminal import complain
 from ifp_mlx.errors import IFPError, UsageError
 
@@ -36,14 +19,49 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
-app = typer.Typer(
-    name="ifp",
-    no_args_is_help=True,
-    add_completion=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help: Rich's tables leave too little room for the text
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+# Name -> function in the module of that name, or a group of commands.
+_COMMANDS = {
+    "pull": "pull",
+    "chat": "chat",
+    "generate": "generate",
+    "cache": "app",
+    "tasks": "tasks",
+    "convert": "convert",
+    "quantize": "quantize",
+    "export": "export",
+    "prepare": "prepare",
+    "calibrate": "calibrate",
+    "serve": "serve",
+    "train": "train",
+    "eval": "evaluate",
+    "overlap": "overlap",
+    "bench": "app",
+    "doctor": "doctor",
+}
+
+
+def make_app(only: str | None = None) -> typer.Typer:
+    """Return the command line.
+
+    Args:
+        only: the one command that it is made of; None makes it of all.
+    """
+    app = typer.Typer(
+        name="ifp",
+        no_args_is_help=True,
+        add_completion=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # plain help: Rich's tables leave too little room for the text
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(ifp)
+    for name in _COMMANDS if only is None else [only]:
+        command = getattr(importlib.import_module(f"ifp_mlx.cli.{name}"), _COMMANDS[name])
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name)
+        else:
+            app.command(name)(command)
+    return app
 
 
 def _print_version(wanted: bool) -> None:
@@ -52,7 +70,6 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def ifp(
     version: Annotated[
         bool,
@@ -71,23 +88,6 @@ def ifp(
     prefer_openblas()  # before any command imports mlx
 
 
-app.command("pull")(pull.pull)
-app.command("chat")(chat.chat)
-app.command("generate")(generate.generate)
-app.add_typer(cache.app, name="cache")
-app.command("tasks")(tasks.tasks)
-app.command("convert")(convert.convert)
-app.command("quantize")(quantize.quantize)
-app.command("export")(export.export)
-app.command("prepare")(prepare.prepare)
-app.command("calibrate")(calibrate.calibrate)
-app.command("serve")(serve.serve)
-app.command("train")(train.train)
-app.command("eval")(eval.evaluate)
-app.command("overlap")(overlap.overlap)
-app.add_typer(bench.app, name="bench")
-app.command("doctor")(doctor.doctor)
-
 # Typer carries its own copy of click, of which this exception is the public name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 _CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
@@ -95,6 +95,8 @@ _CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
 
 def run(arguments: list[str] | None = None) -> int:
     """Run one command line and return its exit code; every expected error is one line."""
+    words = sys.argv[1:] if arguments is None else arguments
+    app = make_app(words[0] if words and words[0] in _COMMANDS else None)
     try:
         code = app(arguments, prog_name="ifp", standalone_mode=False)
         sys.stdout.flush()

@@ -49,6 +49,8 @@ def list_entries(as_json: options.AsJson = False) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from ifp_mlx.compact_store import stored_bytes
+
     table = Table(box=None, pad_edge=False)
     for heading in ("key", "task", "units", "selector", "model", "used"):
         table.add_column(heading, overflow="fold" if heading == "task" else "ellipsis")
@@ -63,7 +65,10 @@ def list_entries(as_json: options.AsJson = False) -> None:
         )
     answer_console().print(table)
     total_bytes = sum(entry.size_bytes for entry in entries)
-    say(f"{plural(len(entries), 'sub-network')}, {gigabytes(total_bytes)} in {cache.folder}")
+    say(
+        f"{plural(len(entries), 'sub-network')}, {gigabytes(total_bytes)}, and "
+        f"{gigabytes(stored_bytes(cache.compact_folder))} of weights in {cache.folder}"
+    )
 
 
 @app.command("show")
@@ -159,16 +164,26 @@ def remove(
 def prune(
     max_mb: Annotated[
         float,
-        typer.Option("--max-mb", min=0.0, help="Megabytes that may stay; 0 removes everything."),
+        typer.Option(
+            "--max-mb",
+            min=0.0,
+            help="Megabytes that may stay, of selections and of weights each; 0 removes all.",
+        ),
     ],
     as_json: options.AsJson = False,
 ) -> None:
     """Remove the least recently used sub-networks until the rest fits."""
-    removed = _open_cache().prune(round(max_mb * 1e6))
+    from ifp_mlx import compact_store
+
+    cache = _open_cache()
+    before_bytes = compact_store.stored_bytes(cache.compact_folder)
+    removed = cache.prune(round(max_mb * 1e6))
+    compact_store.prune(cache.compact_folder, round(max_mb * 1e6))
     if as_json:
         print_json([_record(entry) for entry in removed])
     else:
-        freed_bytes = sum(entry.size_bytes for entry in removed)
+        freed_bytes = sum(entry.size_bytes for entry in removed) + before_bytes
+        freed_bytes -= compact_store.stored_bytes(cache.compact_folder)
         say(f"removed {plural(len(removed), 'sub-network')}, {gigabytes(freed_bytes)}")
 
 

@@ -73,7 +73,7 @@ class Chat:
         self.rebuilds_kv = rebuilds_kv
         self.shows_statistics = True
         self.num_draft_tokens = num_draft_tokens
-        self.assistant: Assistant = load_assistant(model_choice)
+        self.assistant: Assistant = load_assistant(model_choice, preload=subnet_choice.needs_dense)
         self.subnet: SubNetwork | None = None
         self.unanswered: str | None = None
         self._conversation: Conversation | None = None

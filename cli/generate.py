@@ -95,7 +95,8 @@ def generate(
     assistant = load_assistant(
         ModelChoice(
             model, adapter, no_adapter, selector, compensate, reuse, not no_cache, force, exact_down
-        )
+        ),
+        preload=choice.needs_dense,
     )
 
     from ifp_mlx.conversation import Conversation, KVCacheOptions, SamplingOptions

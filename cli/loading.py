@@ -40,6 +40,11 @@ class SubnetChoice:
     keep_units: int | None = None
     dense: bool = False
 
+    @property
+    def needs_dense(self) -> bool:
+        """Whether the dense model is needed for sure: to answer, or to read the first message."""
+        return self.dense or self.task is None
+
     def __post_init__(self) -> None:
         """Refuse flags that exclude each other, before a model is loaded for them."""
         if self.keep is not None and self.keep_units is not None:
@@ -50,8 +55,13 @@ class SubnetChoice:
             raise UsageError("--task is empty; describe the task in a sentence, or leave it out")
 
 
-def load_assistant(choice: ModelChoice) -> Assistant:
-    """Load the model that the flags name, with a spinner while that takes."""
+def load_assistant(choice: ModelChoice, *, preload: bool = True) -> Assistant:
+    """Load the model that the flags name, with a spinner while that takes.
+
+    Args:
+        choice: the flags.
+        preload: False leaves the dense model alone until something needs it.
+    """
     if choice.adapter is not None and choice.no_adapter:
         raise UsageError("--adapter and --no-adapter exclude each other; give one")
     with working(f"loading {Path(choice.model).name}"):
@@ -71,6 +81,7 @@ def load_assistant(choice: ModelChoice) -> Assistant:
             reuse_threshold=choice.reuse,
             exact_down=choice.exact_down,
             force=choice.force,
+            preload=preload,
             on_warning=say,
         )
 
@@ -119,7 +130,8 @@ def describe_subnetwork(subnet: SubNetwork) -> str:
             f'reused "{title(subnet.reused_task)}" {purpose} (overlap {overlap:.2f}): '
             f"{amount}, {subnet.selector}{_requantization(subnet)}"
         )
-    times = f"sliced in {duration(subnet.slicing_s)}"
+    how = "loaded" if subnet.weights_from_disk else "sliced"
+    times = f"{how} in {duration(subnet.slicing_s)}"
     times += _requantization(subnet)
     if subnet.from_cache:
         return f"cache hit {purpose}: {amount}, {subnet.selector}, {times}"

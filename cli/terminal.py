@@ -34,6 +34,9 @@ def complain(message: str) -> None:
 
 def say(message: str) -> None:
     """Print one status line, dimmed, on standard error."""
+    if not _is_styled():
+        sys.stderr.write(f"{message}\n")
+        return
     status_console().print(message, style="dim", markup=False)
 
 
@@ -57,8 +60,8 @@ def shows_markdown() -> bool:
 @contextlib.contextmanager
 def working(message: str) -> Iterator[None]:
     """Show a spinner on standard error while the block runs; nothing if that is no terminal."""
-    console = status_console()
-    if not console.is_terminal or console.is_dumb_terminal:
+    console = status_console() if _is_styled() else None
+    if console is None or not console.is_terminal or console.is_dumb_terminal:
         yield
         return
     with console.status(_escape(message), spinner="dots"):
@@ -103,6 +106,11 @@ def gigabytes(num_bytes: float) -> str:
 def duration(seconds: float) -> str:
     """Return seconds as a person reads them: ``34 ms``, ``1.2 s``."""
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def _is_styled() -> bool:
+    """Return whether standard error may show more than plain lines, which need no Rich."""
+    return sys.stderr.isatty() or bool(os.environ.get("FORCE_COLOR"))
 
 
 def _escape(message: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import typer
 
-from ifp_mlx.cli.app import app
+from ifp_mlx.cli.app import make_app
 from ifp_mlx.cli.chat_commands import ChatCommands
 from ifp_mlx.cli.chat_state import Chat
 
@@ -40,7 +40,7 @@ prints one JSON document on standard output.
 
 def page() -> str:
     """Return the whole page."""
-    root: Any = typer.main.get_command(app)
+    root: Any = typer.main.get_command(make_app())
     sections = [INTRODUCTION, *_sections("ifp", root)]
     return "\n".join(sections)
 

@@ -6,9 +6,11 @@ gives an instruction-following model, as a LoRA adapter does for mlx-lm.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +50,14 @@ class Adapter:
     Attributes:
         manifest: what ``adapter.json`` says: base model, K, training run, licences, figures.
         arrays: every tensor of the shards, lazy.
-        fingerprint: hash of manifest and shards; goes into cache keys.
+        fingerprint: hash of the manifest, which holds those of the shards; goes into cache keys.
+        verify: compares the shards with their checksums, once; raises ``AdapterError``.
     """
 
     manifest: dict[str, Any]
     arrays: dict[str, mx.array]
     fingerprint: str
+    verify: Callable[[], None] = lambda: None
 
     @property
     def base_model(self) -> str:
@@ -74,8 +78,10 @@ class Adapter:
         """Check that a model is the adapter's base, in whatever precision. Evaluates.
 
         Raises:
-            AdapterError: it is another model; the message names the right one.
+            AdapterError: it is another model; the message names the right one. Or the adapter is
+                damaged.
         """
+        self.verify()
         parameters = dict(tree_flatten(model.parameters()))
         for name, wanted in self.arrays.items():
             if not name.startswith(_SKETCH):
@@ -152,8 +158,12 @@ class Adapter:
             raise AdapterError(f"the adapter is incomplete: {error} is missing") from None
 
 
-def load_adapter(folder: Path) -> Adapter:
+def load_adapter(folder: Path, *, verify: bool = True) -> Adapter:
     """Return an adapter; its tensors are read when they are used.
+
+    Args:
+        folder: an adapter directory.
+        verify: False compares checksums when the tensors are used, not now.
 
     Raises:
         AdapterError: the folder is missing, damaged, or of a newer format.
@@ -170,12 +180,13 @@ def load_adapter(folder: Path) -> Adapter:
             )
         digest.update(text)
         arrays: dict[str, mx.array] = {}
-        for shard, checksum in manifest["shards"].items():
+        for shard in manifest["shards"]:
             if "/" in shard or "\\" in shard:
                 raise AdapterError(f"{folder}: shard name {shard!r} leaves the folder")
-            content = (folder / shard).read_bytes()
-            if hashlib.sha256(content).hexdigest() != checksum:
-                raise AdapterError(f"{folder / shard} is damaged: its checksum is wrong")
+        check = functools.cache(functools.partial(_check_shards, folder, manifest["shards"]))
+        if verify:
+            check()
+        for shard in manifest["shards"]:
             part = mx.load(str(folder / shard))
             assert isinstance(part, dict)
             arrays |= part
@@ -183,7 +194,17 @@ def load_adapter(folder: Path) -> Adapter:
             manifest[key]
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"{folder} is no readable adapter: {error}") from error
-    return Adapter(manifest, arrays, digest.hexdigest()[:16])
+    return Adapter(manifest, arrays, digest.hexdigest()[:16], check)
+
+
+def _check_shards(folder: Path, checksums: dict[str, str]) -> None:
+    for shard, checksum in checksums.items():
+        try:
+            content = (folder / shard).read_bytes()
+        except OSError as error:
+            raise AdapterError(f"{folder} is no readable adapter: {error}") from error
+        if hashlib.sha256(content).hexdigest() != checksum:
+            raise AdapterError(f"{folder / shard} is damaged: its checksum is wrong")
 
 
 def save_adapter(

@@ -1,37 +1,39 @@
 """The one place that puts the parts together: a checkpoint, a selector, a cache, a conversation."""
 
-import collections
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import get_total_parameters
 
 from ifp_mlx import checkpoint, ffn
 from ifp_mlx.adapter import Adapter, load_adapter
 from ifp_mlx.base_model import (
     DEFAULT_CONTEXT_TOKENS,
     BaseModel,
-    CutModel,
-    ffn_shape,
     open_base_model,
     total_parameters,
 )
 from ifp_mlx.calibration import Calibration
+from ifp_mlx.compact_models import CompactModels, dense_identity
+from ifp_mlx.compact_store import CompactStore
 from ifp_mlx.config import round_keep_ratio
-from ifp_mlx.conversation import Conversation, KVCacheOptions, Message
-from ifp_mlx.errors import AdapterError, CheckpointError, ResourceError, SelectionError, UsageError
+from ifp_mlx.errors import AdapterError, ResourceError, SelectionError, UsageError
 from ifp_mlx.selection import Selection, Selector, select
-from ifp_mlx.selector_choice import choose_selector, make_selector
+from ifp_mlx.selector_choice import choose_selector, make_selector, selector_version
 from ifp_mlx.shipped import find_side_file
 from ifp_mlx.subnet_cache import CacheKey, SubNetCache, fold_task
+
+if TYPE_CHECKING:  # mlx-lm takes seconds to import: ``load`` does so beside its own work
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from ifp_mlx.conversation import Conversation, KVCacheOptions, Message
 
 DEFAULT_KEEP_RATIO = 2 / 3
 """Without an adapter, below two thirds of the units a small model loses too much (README)."""
@@ -39,8 +41,6 @@ DEFAULT_KEEP_RATIO = 2 / 3
 PREDICTED_REUSE_OVERLAP = 0.85
 """Predicted sub-networks of paraphrases have more than this in common, those of different tasks
 less (benchmarks/task_pairs.py). Other selectors tell tasks apart too little to reuse by overlap."""
-
-DEFAULT_RESIDENT_BYTES = 2 * 10**9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,8 @@ class SubNetwork:
         selection_s: seconds to select, 0 from the cache.
         requantization_error: relative error of quantizing columns of down projections again; 0
             where that was not needed.
-        slicing_s: seconds to slice, 0 when the compact model was still resident.
+        slicing_s: seconds to slice or load it, 0 when the compact model was still resident.
+        weights_from_disk: the compact model was stored by an earlier run, nothing was sliced.
         active_parameters: parameters of ``model``.
         total_parameters: parameters of the dense model.
     """
@@ -76,6 +77,7 @@ class SubNetwork:
     reuse_overlap: float | None = None
     selection_s: float = 0.0
     slicing_s: float = 0.0
+    weights_from_disk: bool = False
     requantization_error: float = 0.0
     active_parameters: int = 0
     total_parameters: int = 0
@@ -85,12 +87,12 @@ class Assistant:
     """A dense checkpoint from which sub-networks are cut on request.
 
     Use ``Assistant.load``. Compact models of recent selections stay in memory within a byte
-    budget, so switching back to a task costs nothing.
+    budget, so switching back to a task costs nothing; those of small models are on disk as well,
+    so that a task known from an earlier run needs nothing of the dense model.
 
     Attributes:
         model_path: the checkpoint directory.
         config: its ``config.json``.
-        tokenizer: mlx-lm's wrapper.
         context_length: the most positions that the model was made for.
         num_layers: L.
         num_units: F.
@@ -104,38 +106,34 @@ class Assistant:
         self,
         *,
         model_path: Path,
-        base: BaseModel,
-        tokenizer: TokenizerWrapper,
-        selector: str | None = None,
+        config: dict[str, Any],
+        open_base: Callable[[], BaseModel],
+        compact_models: CompactModels,
+        wait_for_tokenizer: Callable[[], "TokenizerWrapper"],
+        selector_name: str,
         adapter: Adapter | None = None,
         calibration: Calibration | None = None,
-        compensate: bool = False,
         cache: SubNetCache | None = None,
         reuse_threshold: float | None = None,
-        max_resident_bytes: int = DEFAULT_RESIDENT_BYTES,
         on_warning: Callable[[str], None] = lambda line: None,
     ):
         self.model_path = model_path
-        self.config = base.config
-        self.tokenizer = tokenizer
+        self.config = config
+        self._wait_for_tokenizer = wait_for_tokenizer
         self.adapter = adapter
         self.calibration = calibration
         self.cache = cache
-        self.num_layers, self.num_units = ffn_shape(base)
-        self.context_length = int(base.config.get("max_position_embeddings") or 2**31)
-        self._base = base
+        self.num_layers, self.num_units = ffn.ffn_shape(config)
+        self.context_length = int(config.get("max_position_embeddings") or 2**31)
+        self._open_base = open_base
+        self._selector: Selector | None = None
+        self._compact_models = compact_models
         self._dense: nn.Module | None = None
-        self._compensate = compensate
-        self._max_resident_bytes = max_resident_bytes
-        self._resident: collections.OrderedDict[bytes, CutModel] = collections.OrderedDict()
         self._on_warning = on_warning
-        self.selector_name = choose_selector(selector, adapter, calibration)
+        self.selector_name = selector_name
         if reuse_threshold is None:
             reuse_threshold = PREDICTED_REUSE_OVERLAP if self.selector_name == "predictor" else 0.0
         self._reuse_threshold = reuse_threshold
-        self._selector: Selector = make_selector(
-            self.selector_name, base.reader, adapter, calibration
-        )
 
     @classmethod
     def load(
@@ -152,6 +150,7 @@ class Assistant:
         exact_down: bool = False,
         context_tokens: int = DEFAULT_CONTEXT_TOKENS,
         force: bool = False,
+        preload: bool = True,
         on_warning: Callable[[str], None] = lambda line: None,
     ) -> "Assistant":
         """Open a checkpoint with what belongs to it.
@@ -169,10 +168,12 @@ class Assistant:
             cache: where selections by task are kept; None keeps nothing.
             reuse_threshold: share of units in common above which another cached task's
                 sub-network is taken instead; 0 never does, None does for the predictor only.
-            exact_down: keep columns of quantized down projections as plain weights: exact, in
-                more memory than the 8 bits that they are quantized to otherwise.
+            exact_down: do not quantize columns of down projections again, at 8 bits; as in
+                ``slice_model``.
             context_tokens: the length of conversation that memory must be enough for.
             force: load what is predicted not to fit in memory.
+            preload: False leaves the dense model alone until something needs it, which a task
+                whose compact model is on disk does not.
             on_warning: called with one line for the user.
 
         Raises:
@@ -185,30 +186,93 @@ class Assistant:
         calibration_path = calibration or find_side_file(
             model_path, config, "calibration.safetensors"
         )
-        base = open_base_model(
-            model_path,
-            exact_down=exact_down,
-            context_tokens=context_tokens,
-            force=force,
-            on_warning=on_warning,
-        )
-        found: Adapter | None = None
-        if use_adapter:
-            found = (
-                load_adapter(adapter) if adapter else _find_adapter(base, model_path, on_warning)
+        background = concurrent.futures.ThreadPoolExecutor(1)
+        tokenizer = background.submit(checkpoint.load_tokenizer, model_path)
+        background.shutdown(wait=False)
+        open_base = functools.cache(
+            functools.partial(
+                open_base_model,
+                model_path,
+                exact_down=exact_down,
+                context_tokens=context_tokens,
+                force=force,
+                lazy=not preload,
+                on_warning=on_warning,
             )
-        return cls(
+        )
+        prior = Calibration.load(calibration_path) if calibration_path else None
+        adapter_path = adapter or find_side_file(model_path, config, "adapter")
+        found = load_adapter(adapter_path, verify=False) if use_adapter and adapter_path else None
+
+        def store_for(found: Adapter | None) -> CompactStore | None:
+            if cache is None or compensate:
+                return None
+            adapted = choose_selector(selector, found, prior) == "predictor"
+            identity = dense_identity(model_path, found, adapted=adapted, exact_down=exact_down)
+            return CompactStore(cache.compact_folder, identity, config, on_warning=on_warning)
+
+        store = store_for(found)
+        # What is stored was cut from this checkpoint, with this adapter: they are sound and fit.
+        is_proven = store is not None and store.is_known() and not preload
+        if found is not None and not is_proven:
+            found.verify()
+        if found is not None and adapter is None and not is_proven:
+            try:
+                found.check_base(open_base().reader)
+            except AdapterError as error:
+                on_warning(f"the adapter in {adapter_path} is left out: {error}")
+                found = None
+                store = store_for(None)
+        selector_name = choose_selector(selector, found, prior)
+        # An adapter's changes belong to the units that its own predictor selects.
+        adapt = found.apply if found is not None and selector_name == "predictor" else None
+        assistant = cls(
             model_path=model_path,
-            base=base,
-            tokenizer=checkpoint.load_tokenizer(model_path),
-            selector=selector,
+            config=config,
+            open_base=open_base,
+            compact_models=CompactModels(
+                model_path,
+                open_base,
+                adapt=adapt,
+                compensation=prior if compensate else None,
+                store=store,
+                on_warning=on_warning,
+            ),
+            wait_for_tokenizer=tokenizer.result,
+            selector_name=selector_name,
             adapter=found,
-            calibration=Calibration.load(calibration_path) if calibration_path else None,
-            compensate=compensate,
+            calibration=prior,
             cache=cache,
             reuse_threshold=reuse_threshold,
             on_warning=on_warning,
         )
+        if not is_proven:
+            # Refuses now what cannot be loaded.
+            assistant.selector()
+            assistant.tokenizer  # noqa: B018
+        return assistant
+
+    @property
+    def tokenizer(self) -> "TokenizerWrapper":
+        """mlx-lm's wrapper.
+
+        Raises:
+            CheckpointError: the tokenizer files are missing or damaged.
+        """
+        return self._wait_for_tokenizer()
+
+    def selector(self) -> Selector:
+        """Return what scores units for an instruction; opens the dense model.
+
+        Raises:
+            AdapterError: the adapter was made for another model.
+            SelectionError: no such task was calibrated.
+        """
+        if self._selector is None:
+            self._selector = make_selector(
+                self.selector_name, self._open_base().reader, self.adapter, self.calibration
+            )
+        return self._selector
 
     @property
     def default_num_kept_units(self) -> int:
@@ -220,8 +284,8 @@ class Assistant:
     def dense(self) -> SubNetwork:
         """Return the whole base model, without an adapter's changes."""
         if self._dense is None:
-            self._dense = self._base.dense()
-        parameters = total_parameters(self._base)
+            self._dense = self._open_base().dense()
+        parameters = total_parameters(self._open_base())
         return SubNetwork(
             model=self._dense,
             selection=None,
@@ -312,7 +376,7 @@ class Assistant:
             base=checkpoint.fingerprint(self.model_path),
             adapter=self.adapter.fingerprint if self.adapter is not None else "",
             selector=self.selector_name,
-            selector_version=self._selector.version,
+            selector_version=selector_version(self.selector_name, self.adapter),
             num_kept_units=num_kept_units,
         )
 
@@ -321,10 +385,12 @@ class Assistant:
         subnet: SubNetwork,
         *,
         system_prompt: str | None = None,
-        messages: Sequence[Message] = (),
-        kv_options: KVCacheOptions | None = None,
-    ) -> Conversation:
+        messages: "Sequence[Message]" = (),
+        kv_options: "KVCacheOptions | None" = None,
+    ) -> "Conversation":
         """Return a conversation that a sub-network answers."""
+        from ifp_mlx.conversation import Conversation
+
         return Conversation(
             subnet.model,
             self.tokenizer,
@@ -342,7 +408,7 @@ class Assistant:
                 f"the instruction has {len(ids)} tokens, the model's context "
                 f"{self.context_length}; shorten it or describe the task with --task"
             )
-        selection = select(self._selector, ids, num_kept_units)
+        selection = select(self.selector(), ids, num_kept_units)
         mx.eval(selection.indices)
         return selection, time.perf_counter() - start
 
@@ -373,22 +439,14 @@ class Assistant:
         selection_s: float = 0.0,
         **facts: Any,
     ) -> SubNetwork:
-        start = time.perf_counter()
-        digest = np.asarray(selection.indices).tobytes()
-        cut = self._resident.pop(digest, None)
         slicing_s = 0.0
+        cut = self._compact_models.resident(selection)
         if cut is None:
-            # An adapter's changes belong to the units that its own predictor selects.
-            adapter = self.adapter if self.selector_name == "predictor" else None
-            cut = self._base.cut(
-                selection,
-                adapt=None if adapter is None else adapter.apply,
-                compensation=self.calibration if self._compensate else None,
-            )
-            _require_finite(cut.model, self.model_path)
-            slicing_s = time.perf_counter() - start
-        self._resident[digest] = cut
-        self._evict()
+            # What one prompt selects is unlikely to come again: on disk are tasks only.
+            cut = self._compact_models.make(selection, keep_on_disk=task is not None)
+            slicing_s = cut.seconds
+        from mlx_lm.utils import get_total_parameters
+
         return SubNetwork(
             model=cut.model,
             selection=selection,
@@ -398,43 +456,9 @@ class Assistant:
             num_units=self.num_units,
             selection_s=selection_s,
             slicing_s=slicing_s,
+            weights_from_disk=cut.from_disk,
             requantization_error=cut.requantization_error,
             active_parameters=get_total_parameters(cut.model),
-            total_parameters=total_parameters(self._base),
+            total_parameters=cut.total_parameters,
             **facts,
         )
-
-    def _evict(self) -> None:
-        sizes = {d: sum(a.nbytes for a in _ffn_arrays(c.model)) for d, c in self._resident.items()}
-        total_bytes = sum(sizes.values())
-        while total_bytes > self._max_resident_bytes and len(self._resident) > 1:
-            digest, _ = self._resident.popitem(last=False)
-            total_bytes -= sizes[digest]
-
-
-def _find_adapter(
-    base: BaseModel, model_path: Path, on_warning: Callable[[str], None]
-) -> Adapter | None:
-    """Return the adapter that nobody named; one for other weights of this shape is left out."""
-    folder = find_side_file(model_path, base.config, "adapter")
-    if folder is None:
-        return None
-    adapter = load_adapter(folder)
-    try:
-        adapter.check_base(base.reader)
-    except AdapterError as error:
-        on_warning(f"the adapter in {folder} is left out: {error}")
-        return None
-    return adapter
-
-
-def _ffn_arrays(model: nn.Module) -> list[mx.array]:
-    modules = ffn.ffn_modules(model)
-    return [array for module in modules for array in ffn.named_arrays(module).values()]
-
-
-def _require_finite(model: nn.Module, path: Path) -> None:
-    floats = [a for a in _ffn_arrays(model) if mx.issubdtype(a.dtype, mx.floating)]
-    sums = mx.stack([array.astype(mx.float32).sum() for array in floats])
-    if not mx.isfinite(sums).all().item():
-        raise CheckpointError(f"{path} has weights that are not finite; convert it again")

@@ -12,9 +12,8 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.utils import get_total_parameters
 
-from ifp_mlx import checkpoint, ffn, memory
+from ifp_mlx import checkpoint, memory
 from ifp_mlx.calibration import Calibration
 from ifp_mlx.kernel_check import check_quantized_kernels
 from ifp_mlx.layerwise import layerwise_model
@@ -52,6 +51,10 @@ class BaseModel(Protocol):
         """The checkpoint's config.json."""
 
     @property
+    def is_small(self) -> bool:
+        """Whether it is so small against the machine's memory that nothing needs predicting."""
+
+    @property
     def reader(self) -> nn.Module:
         """The dense model for a selector's pass; its weights are not to be evaluated by name."""
 
@@ -74,15 +77,17 @@ def open_base_model(
     exact_down: bool = False,
     context_tokens: int = DEFAULT_CONTEXT_TOKENS,
     force: bool = False,
+    lazy: bool = False,
     on_warning: Callable[[str], None] = lambda line: None,
 ) -> BaseModel:
     """Return a checkpoint, kept in memory if it is small against the machine.
 
     Args:
         path: a checkpoint directory.
-        exact_down: keep columns of quantized down projections as plain weights.
+        exact_down: do not quantize down projections again.
         context_tokens: the conversation that a sub-network must have memory for.
         force: load what is predicted not to fit.
+        lazy: leave the weights of a small model on disk until they are used.
         on_warning: called with lines for the user.
 
     Raises:
@@ -93,7 +98,10 @@ def open_base_model(
     sizes = memory.checkpoint_sizes(path, dtype, exact_down=exact_down)
     dense_bytes = sizes.shared_bytes + sizes.num_units * sizes.dense_unit_bytes
     if dense_bytes <= KEPT_SHARE_OF_MEMORY * memory.usable_memory_bytes():
-        model, config = checkpoint.load_model(path, dtype)
+        checkpoint.require_finite(path)
+        model, config = checkpoint.load_model(path, dtype, lazy=True)
+        if not lazy:
+            mx.eval(model.parameters())
         return KeptModel(model, config, exact_down, on_warning)
     return StreamedModel(path, dtype, sizes, exact_down, context_tokens, force, on_warning)
 
@@ -102,11 +110,13 @@ class KeptModel:
     """A dense model in memory.
 
     Args:
-        model: evaluated.
+        model: evaluated, or evaluated as it is used.
         config: the checkpoint's.
-        exact_down: keep columns of quantized down projections as plain weights.
+        exact_down: do not quantize down projections again.
         on_warning: called with lines for the user.
     """
+
+    is_small = True
 
     def __init__(
         self,
@@ -157,11 +167,13 @@ class StreamedModel:
         path: the checkpoint directory.
         dtype: the type to compute in; None as it is stored.
         sizes: of the checkpoint in that type.
-        exact_down: keep columns of quantized down projections as plain weights.
+        exact_down: do not quantize down projections again.
         context_tokens: the conversation that a sub-network must have memory for.
         force: load what is predicted not to fit.
         on_warning: called with lines for the user.
     """
+
+    is_small = False
 
     def __init__(
         self,
@@ -232,9 +244,6 @@ class StreamedModel:
 
 def total_parameters(base: BaseModel) -> int:
     """Return the number of parameters of the dense model; nothing is loaded."""
+    from mlx_lm.utils import get_total_parameters
+
     return int(get_total_parameters(base.reader))
-
-
-def ffn_shape(base: BaseModel) -> tuple[int, int]:
-    """Return (L, F) of the dense model."""
-    return len(ffn.ffn_modules(base.reader)), ffn.num_units(base.reader)

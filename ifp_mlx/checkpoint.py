@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from ifp_mlx.errors import CheckpointError, ConfigError
 from ifp_mlx.ffn import ffn_layout
@@ -182,8 +181,29 @@ def load_model(
         config = {k: v for k, v in config.items() if not k.startswith("quantization")}
         model.set_dtype(dtype)
     if not lazy:
-        _check_finite(path, model)
+        require_finite(path)
+        mx.eval(model.parameters())
     return model, config
+
+
+def require_finite(path: Path) -> None:
+    """Refuse a checkpoint with values that are not numbers. Evaluates, one tensor at a time.
+
+    Looks at the tensors as they are stored: of packed weights only scales and biases are
+    floating, which is a tenth of what they become.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or infinity, or a file is damaged.
+    """
+    for file in sorted({tensor.path for tensor in stored_tensors(path).values()}):
+        arrays = cast(dict[str, mx.array], mx.load(str(file)))
+        while arrays:
+            name, array = arrays.popitem()
+            if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+                raise CheckpointError(
+                    f"{path}: {name} holds values that are not numbers (NaN or infinity); "
+                    "download or convert the model again"
+                )
 
 
 def load_tokenizer(path: Path) -> "TokenizerWrapper":
@@ -217,15 +237,27 @@ def fingerprint(path: Path) -> str:
         ConfigError: config.json does not fit.
         ArchitectureError: the family is not in the FFN table.
     """
+    return _fingerprint(path, file_states(path))
+
+
+def file_states(path: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """Return name, size and times of change of the files that hold a checkpoint's values.
+
+    Stricter than the fingerprint, which does not read every byte: it tells a file that was
+    written again, even one whose date was set back.
+
+    Raises:
+        CheckpointError: there is no config.json.
+    """
     files = [path / "config.json", *sorted(path.glob("model*.safetensors"))]
     if not files[0].exists():
         read_config(path)  # says what is wrong
-    states = tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
-    return _fingerprint(path, states)
+    states = [(file, file.stat()) for file in files]
+    return tuple((str(f), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f, s in states)
 
 
 @functools.lru_cache(maxsize=64)
-def _fingerprint(path: Path, states: tuple[tuple[str, int, int], ...]) -> str:
+def _fingerprint(path: Path, states: tuple[tuple[str, int, int, int], ...]) -> str:
     read_config(path)
     config = _read_json(path / "config.json")
     identifying = {key: value for key, value in config.items() if key not in _UNIDENTIFYING}
@@ -335,13 +367,3 @@ def automatic_dtype(model: nn.Module) -> mx.Dtype | None:
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     fits = int(get_total_parameters(model)) * 4 <= memory_bytes // 2
     return mx.float32 if fits else None
-
-
-def _check_finite(path: Path, model: nn.Module) -> None:
-    for name, array in cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())):
-        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
-            raise CheckpointError(
-                f"{path}: {name} holds values that are not numbers (NaN or infinity); "
-                "download or convert the model again"
-            )
-    mx.eval(model.parameters())

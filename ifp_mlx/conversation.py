@@ -4,16 +4,15 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import stream_generate
-from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
-from mlx_lm.sample_utils import make_logits_processors, make_sampler
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ifp_mlx.errors import UsageError
+
+if TYPE_CHECKING:  # mlx-lm takes seconds to import
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 DEFAULT_DRAFT_TOKENS = 4
 """Tokens that a sub-network proposes before the dense model checks them."""
@@ -125,7 +124,7 @@ class Conversation:
     def __init__(
         self,
         model: nn.Module,
-        tokenizer: TokenizerWrapper,
+        tokenizer: "TokenizerWrapper",
         context_length: int,
         *,
         system_prompt: str | None = None,
@@ -233,6 +232,8 @@ class Conversation:
         self.messages = [m for m in self.messages if m["role"] == "system"]
 
     def _empty_kv_cache(self) -> list[Any]:
+        from mlx_lm.models.cache import make_prompt_cache
+
         cache: list[Any] = make_prompt_cache(self._model, self._kv_options.max_kv_size)
         if self._draft_model is not None:  # mlx-lm takes both models' caches in one list
             cache += make_prompt_cache(self._draft_model)
@@ -249,6 +250,9 @@ class Conversation:
         )
 
     def _stream(self, prompt_ids: list[int], sampling: SamplingOptions) -> Iterator[str]:
+        from mlx_lm.generate import stream_generate
+        from mlx_lm.sample_utils import make_logits_processors, make_sampler
+
         if len(prompt_ids) >= self.context_length and self._kv_options.max_kv_size is None:
             raise UsageError(
                 f"the prompt has {len(prompt_ids)} tokens, the model's context "
@@ -339,6 +343,8 @@ class Conversation:
 
     def _reuse_kv_cache(self, prompt_ids: list[int]) -> int:
         """Trim the KV cache to the part that the prompt begins with; return its length."""
+        from mlx_lm.models.cache import trim_prompt_cache
+
         common = 0
         for ours, theirs in zip(self.kv_token_ids, prompt_ids, strict=False):
             if ours != theirs:

@@ -75,6 +75,13 @@ def ffn_layout(model_type: str) -> FFNLayout:
         ) from None
 
 
+def ffn_shape(config: dict[str, Any]) -> tuple[int, int]:
+    """Return (L, F) as a checked config.json says it."""
+    if config["model_type"] == "gpt2":  # which has no field for its width
+        return int(config["n_layer"]), 4 * int(config["n_embd"])
+    return int(config["num_hidden_layers"]), int(config["intermediate_size"])
+
+
 def ffn_modules(model: nn.Module) -> list[nn.Module]:
     """Return the FFN module of each decoder layer of an mlx-lm model, first layer first."""
     layout = ffn_layout(model.args.model_type)

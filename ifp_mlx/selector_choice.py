@@ -7,6 +7,7 @@ from ifp_mlx.adapter import Adapter
 from ifp_mlx.calibration import Calibration
 from ifp_mlx.errors import UsageError
 from ifp_mlx.selection import (
+    DEFAULT_PRIOR_WEIGHT,
     BlendSelector,
     PredictorSelector,
     PromptSelector,
@@ -46,6 +47,16 @@ def choose_selector(
     if missing.get(kind):
         raise UsageError(f"selector {wanted!r} needs {missing[kind]} for this model")
     return wanted
+
+
+def selector_version(name: str, adapter: Adapter | None) -> str:
+    """Return the version of the selector that ``choose_selector`` named, without making it."""
+    kind = name.partition(":")[0]
+    if kind == "predictor" and adapter is not None:
+        return adapter.fingerprint
+    # As the classes in selection.py say them; a test compares.
+    versions = {"blend": f"1-{DEFAULT_PRIOR_WEIGHT:g}", "random": "1-0"}
+    return versions.get(kind, "1")
 
 
 def make_selector(

@@ -1,9 +1,10 @@
 """Selected sub-networks on disk, keyed by task description.
 
 An entry is one safetensors file that holds the selected indices (not the weights: those are a
-gather away) and says in its header what they were selected for. There is no central index:
-the folder is the cache. Files are replaced whole, two processes that want one key wait for each
-other, and an entry that cannot be read is moved aside and made again.
+gather away, and ``compact_store`` keeps them where they are small) and says in its header what they
+were selected for. There is no central index: the folder is the cache. Files are replaced whole, two
+processes that want one key wait for each other, and an entry that cannot be read is moved aside and
+made again.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from typing import cast
 
 import filelock
 
+from ifp_mlx import compact_store
 from ifp_mlx.arrays import load_arrays
 from ifp_mlx.errors import CacheError, SelectionError
 from ifp_mlx.selection import Selection
@@ -121,6 +123,11 @@ class SubNetCache:
         self.folder = folder
         self.max_bytes = max_bytes
         self._on_warning = on_warning
+
+    @property
+    def compact_folder(self) -> Path:
+        """Where the weights of sub-networks are kept, for models so small that it is cheap."""
+        return self.folder / "weights"
 
     @contextlib.contextmanager
     def lock(self, key: CacheKey) -> Iterator[None]:
@@ -247,6 +254,8 @@ class SubNetCache:
         Raises:
             CacheError: the file cannot be deleted.
         """
+        with contextlib.suppress(SelectionError):  # damaged, or gone already
+            compact_store.remove(self.compact_folder, entry.load())
         try:
             entry.path.unlink(missing_ok=True)
             entry.path.with_name(f".{entry.path.stem}.lock").unlink(missing_ok=True)

@@ -57,7 +57,7 @@ def test_a_resident_sub_network_is_not_sliced_again(calibrated: Path, cache: Sub
 
 def test_resident_sub_networks_leave_when_the_budget_is_full(calibrated: Path) -> None:
     assistant = Assistant.load(calibrated)
-    assistant._max_resident_bytes = 1
+    assistant._compact_models._max_resident_bytes = 1
     first = assistant.subnetwork_for_task(TASK, 64)
     assistant.subnetwork_for_task("something else", 64)
     assert assistant.subnetwork_for_task(TASK, 64).model is not first.model

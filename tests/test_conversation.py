@@ -1,5 +1,6 @@
 """Conversations: the KV cache changes speed, never words; nothing is lost when stopped."""
 
+import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def test_a_question_without_an_answer_is_taken_back(
         raise KeyboardInterrupt
         yield
 
-    monkeypatch.setattr("ifp_mlx.conversation.stream_generate", interrupted)
+    monkeypatch.setattr(importlib.import_module("mlx_lm.generate"), "stream_generate", interrupted)
     conversation = start(opened)
     with pytest.raises(KeyboardInterrupt):
         list(conversation.reply("hello", GREEDY))

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from ifp_mlx.calibration import CalibrationExample, calibrate
 from ifp_mlx.checkpoint import load_model, load_tokenizer, read_config
-from ifp_mlx.cli.app import app
+from ifp_mlx.cli.app import make_app
 from ifp_mlx.convert.export import export_checkpoint
 from ifp_mlx.convert.model_card import MeasuredQuality, ModelCard
 from ifp_mlx.convert.quantize import make_quantization, quantize_checkpoint
@@ -207,16 +207,16 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_export_command(tiny_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
     source = tiny_checkpoint()
     arguments = export_arguments(source, tmp_path / "out")
-    result = CliRunner().invoke(app, [*arguments, "--json"])
+    result = CliRunner().invoke(make_app(), [*arguments, "--json"])
     assert result.exit_code == 0, result.output
     answer: dict[str, Any] = json.loads(result.stdout)
     assert (answer["num_kept_units"], answer["num_units"]) == (KEPT, NUM_UNITS)
     assert read_config(Path(answer["path"]))["intermediate_size"] == KEPT
-    again = CliRunner().invoke(app, arguments)
+    again = CliRunner().invoke(make_app(), arguments)
     assert isinstance(again.exception, UsageError)
     file = tmp_path / "out" / "ifp" / "selection.safetensors"
     second = ["export", "--model", str(source), "-o", str(tmp_path / "b"), "--selection", str(file)]
-    result = CliRunner().invoke(app, [*second, "--quantize", "8", "--group-size", "32"])
+    result = CliRunner().invoke(make_app(), [*second, "--quantize", "8", "--group-size", "32"])
     assert result.exit_code == 0, result.output
     assert "weights are packed, for mlx-lm" in result.stderr
     assert read_config(tmp_path / "b")["quantization"]["bits"] == 8
@@ -227,7 +227,7 @@ def test_export_command_measures(tiny_checkpoint: CheckpointFactory, tmp_path: P
     data.mkdir()
     (data / "sums.jsonl").write_text('{"prompt": "1+1", "response": "2 and that is all"}\n')
     arguments = export_arguments(tiny_checkpoint(), tmp_path / "out", "--data", str(data))
-    result = CliRunner().invoke(app, arguments)
+    result = CliRunner().invoke(make_app(), arguments)
     assert result.exit_code == 0, result.output
     assert "| sums |" in (tmp_path / "out" / "README.md").read_text()
 
@@ -249,7 +249,7 @@ def test_export_command_refuses(
     tiny_checkpoint: CheckpointFactory, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     common = ["export", "--model", str(tiny_checkpoint()), "-o", str(tmp_path / "out")]
-    result = CliRunner().invoke(app, [*common, *arguments])
+    result = CliRunner().invoke(make_app(), [*common, *arguments])
     assert isinstance(result.exception, UsageError)
     assert message in str(result.exception)
     assert not (tmp_path / "out").exists()
@@ -261,6 +261,6 @@ def test_selection_of_another_model_is_refused(
     file = tmp_path / "other.safetensors"
     random_selection(num_layers=2).save(file)
     arguments = ["--model", str(tiny_checkpoint()), "-o", str(tmp_path / "out")]
-    result = CliRunner().invoke(app, ["export", *arguments, "--selection", str(file)])
+    result = CliRunner().invoke(make_app(), ["export", *arguments, "--selection", str(file)])
     assert isinstance(result.exception, SelectionError)
     assert "is for 2 layers of 192 units, the model has 3 of 192" in str(result.exception)

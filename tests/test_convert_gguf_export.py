@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from typer.testing import CliRunner
 
 from ifp_mlx.checkpoint import load_model, load_tokenizer
-from ifp_mlx.cli.app import app
+from ifp_mlx.cli.app import make_app
 from ifp_mlx.convert.conversion import convert_checkpoint
 from ifp_mlx.convert.gguf_export import export_gguf
 from ifp_mlx.convert.quantize import make_quantization, quantize_checkpoint
@@ -166,7 +166,7 @@ def test_export_command_writes_gguf(
         "--selector", "random", "--keep-units", "64", "--gguf", str(tmp_path / "out.gguf"),
         "--gguf-type", "f32",
     ]  # fmt: skip
-    result = CliRunner().invoke(app, arguments)
+    result = CliRunner().invoke(make_app(), arguments)
     assert result.exit_code == 0, result.output
     back = convert_checkpoint(tmp_path / "out.gguf", tmp_path / "back", dtype=mx.float32).path
     expected = load_model(tmp_path / "out")[0](TOKENS)

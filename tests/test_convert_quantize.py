@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from typer.testing import CliRunner
 
 from ifp_mlx.checkpoint import load_model, load_tokenizer
-from ifp_mlx.cli.app import app
+from ifp_mlx.cli.app import make_app
 from ifp_mlx.convert.quantize import RECIPES, make_quantization, quantize_checkpoint
 from ifp_mlx.errors import CheckpointError, UsageError
 from ifp_mlx.origin import Origin, read_origin, write_origin
@@ -153,14 +153,14 @@ def test_recipe_that_does_not_fit_the_family(
 def test_quantize_command(tiny_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
     source = tiny_checkpoint(**WIDE)
     arguments = ["quantize", str(source), "-o", str(tmp_path / "out"), "--mode", "mxfp8"]
-    result = CliRunner().invoke(app, [*arguments, "--json"])
+    result = CliRunner().invoke(make_app(), [*arguments, "--json"])
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
     assert (answer["bits"], answer["group_size"], answer["mode"]) == (8, 32, "mxfp8")
     assert answer["bytes_after"] < answer["bytes_before"]
-    again = CliRunner().invoke(app, arguments)
+    again = CliRunner().invoke(make_app(), arguments)
     assert isinstance(again.exception, UsageError)
-    replaced = CliRunner().invoke(app, [*arguments, "--force"])
+    replaced = CliRunner().invoke(make_app(), [*arguments, "--force"])
     assert "bits a weight" in replaced.stderr
     assert replaced.stdout == ""
 
@@ -175,14 +175,14 @@ def test_convert_command_quantizes(
     source = tiny_checkpoint() if kind == "folder" else tiny_gguf()
     plain = tmp_path / "plain"
     arguments = ["convert", str(source), "--dtype", "float32"]
-    assert CliRunner().invoke(app, [*arguments, "-o", str(plain)]).exit_code == 0
+    assert CliRunner().invoke(make_app(), [*arguments, "-o", str(plain)]).exit_code == 0
     packed = [*arguments, "-o", str(tmp_path / "out"), "--quantize", "8", "--group-size", "32"]
-    result = CliRunner().invoke(app, packed)
+    result = CliRunner().invoke(make_app(), packed)
     assert result.exit_code == 0, result.output
     model, config = load_model(tmp_path / "out")
     assert config["quantization"] == {"bits": 8, "group_size": 32, "mode": "affine"}
     expected = mx.quantize(load_model(plain)[0].layers[2].mlp.up_proj.weight, 32, 8)
     assert mx.array_equal(model.layers[2].mlp.up_proj.weight, expected[0])
     assert not (tmp_path / "out" / "plain").exists()
-    refused = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "x"), "--group-size", "32"])
+    refused = CliRunner().invoke(make_app(), [*arguments, "-o", str(tmp_path / "x"), "--group-size", "32"])
     assert isinstance(refused.exception, UsageError)

@@ -136,7 +136,7 @@ def test_streamed_and_kept_models_answer_alike(
     kept = Assistant.load(path, selector=selector)
     monkeypatch.setattr(base_model, "KEPT_SHARE_OF_MEMORY", 0)
     streamed = Assistant.load(path, selector=selector)
-    assert isinstance(streamed._base, StreamedModel)
+    assert isinstance(streamed._open_base(), StreamedModel)
     expected = kept.subnetwork_for_task("help me write Python", 64)
     found = streamed.subnetwork_for_task("help me write Python", 64)
     assert found.selection is not None

