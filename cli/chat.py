@@ -52,6 +52,7 @@ def chat(
     top_k: options.TopK = 0,
     min_p: options.MinP = 0.0,
     seed: options.Seed = None,
+    prompt_cache_file: options.PromptCacheFile = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the latest chat.")] = False,
     session_name: Annotated[
         str | None,
@@ -101,6 +102,12 @@ def chat(
     saved as it is sent; --resume continues. Messages can be piped in, one a line.
     """
     choice = SubnetChoice(task, keep, keep_units, dense)
+    if lossless and prompt_cache_file is not None:
+        raise UsageError("--lossless has a KV cache of two models; leave out --prompt-cache-file")
+    if prompt_cache_file is not None:
+        from ifp_mlx.kv_cache_file import check_kv_path
+
+        check_kv_path(prompt_cache_file)
     if auto_retask and not drift:
         raise UsageError("--auto-retask needs --drift OVERLAP, for example --drift 0.8")
     model_choice = ModelChoice(
@@ -131,12 +138,14 @@ def chat(
             sampling,
             rebuilds_kv=rebuild_kv,
             num_draft_tokens=num_draft_tokens if lossless else None,
+            kv_path=prompt_cache_file,
         )
         loop = _ChatLoop(conversation, drops_oldest=drop_oldest, drift=drift, retasks=auto_retask)
         try:
             loop.run()
         finally:
             conversation.session.close()
+            conversation.save_kv_cache()
 
 
 def _open_session(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from ifp_mlx.assistant import Assistant, SubNetwork
     from ifp_mlx.conversation import Conversation, GenerationStats, SamplingOptions
+    from ifp_mlx.kv_cache_file import KVCacheFile
 
 _RETASK_MESSAGES = 4  # how much of the recent conversation /retask reads
 _ROOM_FOR_ANSWER = 64  # tokens; with less left the context counts as full
@@ -54,6 +55,9 @@ class Chat:
         num_draft_tokens: lossless: the sub-network drafts this many tokens, which the whole model
             checks; None lets the sub-network answer.
         rebuilds_kv: after a switch prefill the conversation again with the new sub-network.
+
+    Args:
+        kv_path: a file that the first conversation's KV cache comes from, and goes to in the end.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class Chat:
         *,
         rebuilds_kv: bool = False,
         num_draft_tokens: int | None = None,
+        kv_path: Path | None = None,
     ):
         self._model_choice = model_choice
         self._choice = subnet_choice
@@ -77,6 +82,8 @@ class Chat:
         self.subnet: SubNetwork | None = None
         self.unanswered: str | None = None
         self._conversation: Conversation | None = None
+        self._kv_path = kv_path
+        self._kv_file: KVCacheFile | None = None
         self._adopt_session(session, subnet_choice)
         if self.task is not None or self._choice.dense:
             self._select("")
@@ -300,6 +307,8 @@ class Chat:
         say(describe_subnetwork(self.subnet))
         if self._conversation is not None:
             model, draft_model = self._models(self.subnet)
+            # Unless it is rebuilt, the KV cache is now of several sub-networks.
+            self._kv_file = self._new_kv_file(self.subnet) if self.rebuilds_kv else None
             self._conversation.switch(model, rebuild_kv=self.rebuilds_kv, draft_model=draft_model)
 
     def _models(self, subnet: SubNetwork) -> tuple[nn.Module, nn.Module | None]:
@@ -316,15 +325,41 @@ class Chat:
             return
         messages = self.session.messages[: -1 if self.unanswered is not None else None]
         model, draft_model = self._models(self.subnet)
+        self._kv_file = self._new_kv_file(self.subnet)
+        kept = self._kv_file.load(say) if self._kv_file is not None else None
         self._conversation = Conversation(
             model,
             self.assistant.tokenizer,
             self.assistant.context_length,
             system_prompt=self.system_prompt,
             messages=messages,
+            kv_cache=kept[0] if kept else None,
+            kv_token_ids=kept[1] if kept else (),
             draft_model=draft_model,
             num_draft_tokens=self.num_draft_tokens or DEFAULT_DRAFT_TOKENS,
         )
+
+    def save_kv_cache(self) -> None:
+        """Write the KV cache to its file, if the user wants one and one sub-network made it.
+
+        Raises:
+            ResourceError: the file cannot be written.
+        """
+        if self._kv_path is None or self._conversation is None or self.stats is None:
+            return
+        if self._kv_file is None:
+            say(f"{self._kv_path} stays as it was: several sub-networks took part in this chat")
+            return
+        self._kv_file.save(self._conversation.kv_cache, self._conversation.kv_token_ids)
+
+    def _new_kv_file(self, subnet: SubNetwork) -> KVCacheFile | None:
+        if self._kv_path is None:
+            return None
+        from ifp_mlx.conversation import KVCacheOptions
+        from ifp_mlx.kv_cache_file import KVCacheFile
+
+        options = dataclasses.asdict(KVCacheOptions())
+        return KVCacheFile(self._kv_path, self.assistant.kv_identity(subnet) | options)
 
     def _adopt_session(self, session: Session, wanted: SubnetChoice) -> None:
         """Take over what a session was chatting with, but for what the user wants otherwise."""

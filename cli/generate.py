@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import dataclasses
+from typing import Annotated, Any
 
 import typer
 
@@ -72,6 +73,7 @@ def generate(
         int | None,
         typer.Option("--kv-bits", metavar="N", help="Quantize keys and values to 2, 4 or 8 bits."),
     ] = None,
+    prompt_cache_file: options.PromptCacheFile = None,
     stats: Annotated[
         bool, typer.Option("--stats", help="Print selection, speed and memory on stderr.")
     ] = False,
@@ -87,10 +89,16 @@ def generate(
     choice = SubnetChoice(task, keep, keep_units, dense)
     if lossless and dense:
         raise UsageError("--lossless checks a sub-network's draft; leave out --dense")
+    if lossless and prompt_cache_file is not None:
+        raise UsageError("--lossless has a KV cache of two models; leave out --prompt-cache-file")
     if ignore_chat_template and system_prompt is not None:
         raise UsageError(
             "--system-prompt needs the chat template; leave out --ignore-chat-template"
         )
+    if prompt_cache_file is not None:
+        from ifp_mlx.kv_cache_file import check_kv_path
+
+        check_kv_path(prompt_cache_file)
     text = read_prompt(prompt)
     assistant = load_assistant(
         ModelChoice(
@@ -105,12 +113,22 @@ def generate(
     kv_options = KVCacheOptions(max_kv_size, kv_bits)
     subnet = choose_subnetwork(assistant, choice, text)
     say(describe_subnetwork(subnet))
+    kv_file = None
+    kept: tuple[list[Any], list[int]] | None = None
+    if prompt_cache_file is not None:
+        from ifp_mlx.kv_cache_file import KVCacheFile
+
+        options_of_kv = dataclasses.asdict(kv_options)
+        kv_file = KVCacheFile(prompt_cache_file, assistant.kv_identity(subnet) | options_of_kv)
+        kept = kv_file.load(say)
     conversation = Conversation(
         assistant.dense().model if lossless else subnet.model,
         assistant.tokenizer,
         assistant.context_length,
         system_prompt=system_prompt,
         kv_options=kv_options,
+        kv_cache=kept[0] if kept else None,
+        kv_token_ids=kept[1] if kept else (),
         draft_model=subnet.model if lossless else None,
         num_draft_tokens=num_draft_tokens,
     )
@@ -122,6 +140,8 @@ def generate(
         with answer_writer(markdown=not ignore_chat_template) as write:
             interrupted = stream_answer(answer(text, sampling), write)
     measured = conversation.stats
+    if kv_file is not None and measured is not None:
+        kv_file.save(conversation.kv_cache, conversation.kv_token_ids)
     if as_json:
         record = statistics_record(subnet, measured) if measured else {}
         print_json({"answer": "".join(pieces), "model": str(assistant.model_path), **record})

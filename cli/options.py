@@ -164,6 +164,15 @@ SystemPrompt = Annotated[
         "--system-prompt", metavar="TEXT", help="A system message before the conversation."
     ),
 ]
+PromptCacheFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompt-cache-file",
+        metavar="FILE",
+        help="Keep the keys and values of the conversation in this .safetensors file: the next "
+        "run with the same sub-network reads only what is new.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Lossless = Annotated[
     bool,

@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from ifp_mlx.base_model import (
 )
 from ifp_mlx.calibration import Calibration
 from ifp_mlx.compact_models import CompactModels, dense_identity
-from ifp_mlx.compact_store import CompactStore
+from ifp_mlx.compact_store import CompactStore, selection_digest
 from ifp_mlx.config import round_keep_ratio
 from ifp_mlx.errors import AdapterError, ResourceError, SelectionError, UsageError
 from ifp_mlx.selection import Selection, Selector, select
@@ -380,6 +381,17 @@ class Assistant:
             num_kept_units=num_kept_units,
         )
 
+    def kv_identity(self, subnet: SubNetwork) -> dict[str, Any]:
+        """Return what the keys and values that a sub-network computes depend on."""
+        selection = subnet.selection
+        return {
+            "base": checkpoint.fingerprint(self.model_path),
+            "adapter": self.adapter.fingerprint if self.adapter is not None else "",
+            "selector": subnet.selector,
+            "selection": None if selection is None else selection_digest(selection),
+            "modules": _module_digest(subnet.model),
+        }
+
     def converse(
         self,
         subnet: SubNetwork,
@@ -462,3 +474,9 @@ class Assistant:
             total_parameters=cut.total_parameters,
             **facts,
         )
+
+
+def _module_digest(model: nn.Module) -> str:
+    """Return a hash of a model's parameters' names, types and shapes: how it is quantized."""
+    shapes = [(name, str(a.dtype), a.shape) for name, a in ffn.named_arrays(model).items()]
+    return hashlib.sha256(repr(shapes).encode()).hexdigest()

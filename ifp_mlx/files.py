@@ -117,7 +117,7 @@ def require_free_disk(folder: Path, needed_bytes: int) -> None:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, mode: int = 0o644) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` that replaces it when the block succeeds.
 
     For writers that want a file name, such as ``mx.save_safetensors``. The temporary name keeps
@@ -135,7 +135,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        temporary.chmod(0o644)
+        temporary.chmod(mode)
         temporary.replace(path)
     except OSError as error:
         raise ResourceError(f"cannot write {path}: {error.strerror or error}") from error
