@@ -80,7 +80,8 @@ def mlx_lm_answers(folder: Path) -> list[list[int]]:
     """Return mlx-lm's tokens for each prompt."""
     import mlx_lm
 
-    model, tokenizer = mlx_lm.load(str(folder))
+    loaded: Any = mlx_lm.load(str(folder))
+    model, tokenizer = loaded
     tokens = []
     for prompt in PROMPTS:
         message = [{"role": "user", "content": prompt}]
@@ -95,8 +96,8 @@ def transformers_answers(folder: Path) -> list[list[int]]:
     import torch
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens = []
     for prompt in PROMPTS:
         message = [{"role": "user", "content": prompt}]
@@ -115,7 +116,8 @@ def gguf_fits(file: Path, expected: dict[str, Any]) -> bool:
     reader = gguf.GGUFReader(file)
     shapes = {tensor.name: [int(n) for n in tensor.shape] for tensor in reader.tensors}
     kept, hidden = expected["num_kept_units"], expected["hidden_size"]
-    fits = reader.get_field("llama.feed_forward_length").contents() == kept
+    width = reader.get_field("llama.feed_forward_length")
+    fits = width is not None and bool(width.contents() == kept)
     for layer in range(expected["num_layers"]):  # GGUF names the fastest axis first
         fits &= shapes[f"blk.{layer}.ffn_gate.weight"] == [hidden, kept]
         fits &= shapes[f"blk.{layer}.ffn_up.weight"] == [hidden, kept]

@@ -13,7 +13,7 @@ def weight(module: nn.Module) -> Array:
     if "scales" not in module:
         return _wide(module.weight)
     scales, biases = module.scales, module.get("biases")
-    if module.mode == "affine":  # or the product would be rounded to the type of the scales
+    if biases is not None:  # affine: or the values would be rounded to the type of the scales
         scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
     form = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
     return _wide(mx.dequantize(module.weight, scales, biases, **form))
@@ -56,7 +56,8 @@ def _wide(array: mx.array) -> Array:
 
 
 def _norm(hidden: Array, norm: nn.Module, epsilon: float) -> Array:
-    return hidden / np.sqrt((hidden**2).mean(axis=-1, keepdims=True) + epsilon) * _wide(norm.weight)
+    scale: Array = np.sqrt((hidden**2).mean(axis=-1, keepdims=True) + epsilon)
+    return hidden / scale * _wide(norm.weight)
 
 
 def _heads(inputs: Array, linear: nn.Module, num_heads: int) -> Array:
