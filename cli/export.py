@@ -96,7 +96,7 @@ def export(
             "model card.",
         ),
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", help="Examples of each domain to measure.")] = 3,
+    limit: Annotated[int, typer.Option("--limit", help="Examples of each domain to measure.")] = 5,
     force: writing_options.Overwrite = False,
     json_output: options.AsJson = False,
 ) -> None:

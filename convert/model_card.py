@@ -3,6 +3,9 @@
 import dataclasses
 from collections.abc import Mapping
 
+MIN_TOKENS = 100
+"""A mean over fewer says nothing about a domain."""
+
 _UNKNOWN = "unknown; see the base model"
 
 
@@ -104,11 +107,16 @@ class ModelCard:
         rows = [
             f"| {domain} | {value.dense:.3f} | {value.compact:.3f} | {value.num_tokens:,} |"
             for domain, value in sorted(self.quality.items())
+            if value.num_tokens >= MIN_TOKENS
         ]
-        return [
+        lines = [
             "Cross-entropy on held-out text, nats a token, lower is better.",
             "",
             "| domain | base model | this model | tokens |",
             "|---|---|---|---|",
             *rows,
         ]
+        short = [d for d, value in sorted(self.quality.items()) if value.num_tokens < MIN_TOKENS]
+        if short:
+            lines += ["", f"Fewer than {MIN_TOKENS} tokens, left out: {', '.join(short)}."]
+        return lines

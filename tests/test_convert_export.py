@@ -180,9 +180,12 @@ def test_exported_type_can_be_chosen(tiny_checkpoint: CheckpointFactory, tmp_pat
 def test_card_states_what_was_measured() -> None:
     card = ModelCard(
         None, None, None, "blend", KEPT, NUM_UNITS, 3, 10, 20, adapted=True, compensated=True,
-        requantization_error=0.00123, quality={"python": MeasuredQuality(2.0, 2.5, 1234)},
+        requantization_error=0.00123,
+        quality={"python": MeasuredQuality(2.0, 2.5, 1234), "yes or no": MeasuredQuality(7, 1, 99)},
     ).text("name")  # fmt: skip
     assert "| python | 2.000 | 2.500 | 1,234 |" in card
+    assert "| yes or no |" not in card
+    assert "Fewer than 100 tokens, left out: yes or no." in card
     assert "relative error 1.23e-03" in card
     assert "mean contribution of the removed units" in card
     assert "changed by an IFP adapter" in card
