@@ -2,9 +2,10 @@
 
     python benchmarks/quantized_slicing.py CHECKPOINT [--keep-units 1024] [--random 3]
 
-For a Llama checkpoint in float32. Each quantization is what ``ifp quantize`` writes, read through
-the side file of ``ifp prepare``; the units are those that a prompt selects, then random ones. All
-differences are relative Frobenius norms, computed in float32 unless said otherwise:
+For a Llama checkpoint in float32. Each quantization is what ``ifp quantize`` writes, with the side
+file of ``ifp prepare``; the units are those that a prompt selects, then random ones. Columns that
+are read through the side file must be those of the checkpoint bit for bit. All differences are
+relative Frobenius norms, computed in float32 unless said otherwise:
 
 * FFN: the output of each layer's FFN for the same input, exact sub-network against the whole
   quantized model with all other units masked; the worst layer. First as it is loaded, with packed
@@ -43,7 +44,7 @@ from ifp_mlx.convert.quantize import (  # noqa: E402
     quantize_checkpoint,
 )
 from ifp_mlx.selection import PromptSelector, RandomSelector, Selection, select  # noqa: E402
-from ifp_mlx.streaming import load_subnetwork  # noqa: E402
+from ifp_mlx.streaming import LoadedSubnetwork, load_subnetwork  # noqa: E402
 from ifp_mlx.subnetwork import slice_model, with_cut_downs  # noqa: E402
 from ifp_mlx.unit_major import write_side_file  # noqa: E402
 
@@ -84,6 +85,17 @@ def recomputed_error(path: Path, compact: nn.Module, selection: Selection) -> fl
     return float(np.sqrt(squares[0] / squares[1]))
 
 
+def require_same_columns(loaded: LoadedSubnetwork, plain: nn.Module) -> None:
+    """End the program unless columns read through the side file are the expected ones."""
+    pairs = zip(loaded.model.layers, plain.layers, strict=True)
+    same = all(
+        bool(mx.array_equal(one.mlp.down_proj.weight, other.mlp.down_proj.weight))
+        for one, other in pairs
+    )
+    if not (loaded.unit_major and same):
+        raise SystemExit("columns from the side file differ")
+
+
 def compare(path: Path, selection: Selection) -> dict[str, float]:
     """Return the differences for one quantized checkpoint and selection."""
     model, _ = checkpoint.load_model(path)
@@ -91,10 +103,9 @@ def compare(path: Path, selection: Selection) -> dict[str, float]:
     ffn.set_unit_masks(masked, selection.mask())
     exact = load_subnetwork(path, selection, exact_down=True)
     requantized = load_subnetwork(path, selection)
-    if not exact.unit_major:
-        raise SystemExit("the side file was not used")
-    tokens = mx.array([TOKEN_IDS])
     plain = with_cut_downs(exact.model)
+    require_same_columns(load_subnetwork(path, selection, dtype=mx.float32), plain)
+    tokens = mx.array([TOKEN_IDS])
     theirs, ours = wide(masked(tokens))[0], wide(exact.model(tokens))[0]
     plain_logits = wide(plain(tokens))[0]
     truth = float64_llama.masked_logits(model, TOKEN_IDS, wide(selection.mask()))
