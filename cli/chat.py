@@ -23,8 +23,8 @@ from ifp_mlx.errors import IFPError, UsageError
 
 if TYPE_CHECKING:
     from ifp_mlx.cli.chat_commands import ChatCommands
-    from ifp_mlx.cli.chat_input import Reader
     from ifp_mlx.cli.chat_state import Chat, ContextFull
+    from ifp_mlx.cli.plain_reader import Reader
     from ifp_mlx.sessions import Session, SessionSettings
 
 
@@ -286,11 +286,13 @@ class _ChatLoop:
             say(f"saved as {session.name}; ifp chat --resume continues")
 
     def _make_reader(self) -> Reader:
-        from ifp_mlx.cli.chat_input import CommandCompleter, LineEditor, PlainReader
-        from ifp_mlx.home import home_folder
+        from ifp_mlx.cli.plain_reader import PROMPT, PlainReader
 
         if not is_interactive():
-            return PlainReader("› " if sys.stdin.isatty() else "")
+            return PlainReader(PROMPT if sys.stdin.isatty() else "")
+        from ifp_mlx.cli.line_editor import CommandCompleter, LineEditor
+        from ifp_mlx.home import home_folder
+
         helps = {name: command.help for name, command in self._commands.table.items()}
         completer = CommandCompleter(helps, self._commands.values)
         return LineEditor(home_folder() / "history", completer, lambda: self._toolbar_line)

@@ -1,4 +1,4 @@
-"""Reading what the user types: a line editor on a terminal, plain lines from a pipe."""
+"""The line editor of a chat: history, search, completion, several lines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application.current import get_app
@@ -19,35 +18,11 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 from prompt_toolkit.styles import Style
 
-from ifp_mlx.errors import UsageError
+from ifp_mlx.cli.plain_reader import CONTINUATION, PROMPT, is_unfinished, without_quotes
 
-_QUOTES = '"""'
-_PROMPT, _CONTINUATION = "› ", "· "
 _STYLE = Style.from_dict(
     {"prompt": "bold ansicyan", "continuation": "ansibrightblack", "bottom-toolbar": "noreverse"}
 )
-
-
-class Reader(Protocol):
-    """Where messages come from."""
-
-    def read(self, draft: str = "") -> str:
-        """Return the next message.
-
-        Args:
-            draft: text to begin with, for the user to change.
-
-        Raises:
-            EOFError: there is no more.
-            KeyboardInterrupt: Ctrl-C was pressed.
-        """
-
-    def ask(self, question: str, choices: Sequence[str]) -> str:
-        """Return the user's choice, one of the first letters.
-
-        Raises:
-            EOFError: nobody is there to answer.
-        """
 
 
 class CommandCompleter(Completer):
@@ -80,19 +55,6 @@ class CommandCompleter(Completer):
                 yield Completion(value, -len(argument))
 
 
-def is_unfinished(text: str) -> bool:
-    """Return whether a message has opened a triple-quoted block and not closed it."""
-    return text.lstrip().startswith(_QUOTES) and text.count(_QUOTES) < 2
-
-
-def without_quotes(text: str) -> str:
-    """Return a message without the triple quotes around it."""
-    stripped = text.strip()
-    if stripped.startswith(_QUOTES):
-        return stripped.removeprefix(_QUOTES).removesuffix(_QUOTES).strip("\n")
-    return text
-
-
 class LineEditor:
     """A line with history, search, completion, several lines and the user's own editor.
 
@@ -108,7 +70,7 @@ class LineEditor:
         output = create_output(sys.stdout if sys.stdout.isatty() else sys.stderr)
         types_command = Condition(lambda: get_app().current_buffer.text.startswith("/"))
         self._session: PromptSession[str] = PromptSession(
-            message=[("class:prompt", _PROMPT)],
+            message=[("class:prompt", PROMPT)],
             history=FileHistory(str(history)),
             completer=completer,
             complete_while_typing=types_command,
@@ -137,54 +99,8 @@ class LineEditor:
                 return answer[0]
 
 
-class PlainReader:
-    """Lines from a pipe or a terminal without cursor control; triple quotes join several.
-
-    Args:
-        prompt: shown on standard error before each message; empty for none.
-    """
-
-    def __init__(self, prompt: str = ""):
-        self._prompt = prompt
-
-    def read(self, draft: str = "") -> str:
-        """Return the next message that is not blank."""
-        text = self._read_line(self._prompt)
-        while not text.strip():
-            text = self._read_line(self._prompt)
-        while is_unfinished(text):
-            try:
-                text = f"{text}\n{self._read_line(_CONTINUATION if self._prompt else '')}"
-            except EOFError:
-                break
-        return without_quotes(text)
-
-    def ask(self, question: str, choices: Sequence[str]) -> str:
-        """Return the first letter of the user's choice; a pipe has nobody to ask."""
-        if not self._prompt:
-            raise EOFError
-        while True:
-            answer = self._read_line(f"{question} {', '.join(choices)}: ").strip().lower()
-            if answer[:1] in [choice[0] for choice in choices]:
-                return answer[0]
-
-    def _read_line(self, prompt: str) -> str:
-        sys.stderr.write(prompt)
-        sys.stderr.flush()
-        line = sys.stdin.buffer.readline()
-        if not line:
-            raise EOFError
-        try:
-            return line.decode("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise UsageError(
-                f"standard input is not UTF-8 text (byte {error.start} of a line); convert it "
-                "first, for example with iconv -t UTF-8"
-            ) from error
-
-
 def _continuation(width: int, line_number: int, is_soft_wrap: int) -> StyleAndTextTuples:
-    return [("class:continuation", " " * width if is_soft_wrap else _CONTINUATION)]
+    return [("class:continuation", " " * width if is_soft_wrap else CONTINUATION)]
 
 
 def _key_bindings() -> KeyBindings:
