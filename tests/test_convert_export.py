@@ -228,7 +228,8 @@ def test_export_command(tiny_checkpoint: CheckpointFactory, tmp_path: Path) -> N
 def test_export_command_measures(tiny_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
-    (data / "sums.jsonl").write_text('{"prompt": "1+1", "response": "2 and that is all"}\n')
+    answer = "2 and that is all. " * 20
+    (data / "sums.jsonl").write_text(json.dumps({"prompt": "1+1", "response": answer}) + "\n")
     arguments = export_arguments(tiny_checkpoint(), tmp_path / "out", "--data", str(data))
     result = CliRunner().invoke(make_app(), arguments)
     assert result.exit_code == 0, result.output
