@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -188,7 +189,7 @@ class _ChatLoop:
         if self._chat.session.messages:
             self._commands.show_recent()
         elif sys.stdin.isatty():
-            say(f"{self._chat.model_name} · /help for commands, Ctrl-D to leave")
+            say(f"{Path(self._chat.model_name).name} · /help for commands, Ctrl-D to leave")
         while True:
             try:
                 text = self._next_message()
@@ -303,4 +304,6 @@ class _ChatLoop:
         chat = self._chat
         meter = context_meter(chat.num_context_tokens, chat.assistant.context_length)
         units = f"{chat.subnet.num_kept_units}/{chat.subnet.num_units} units" if chat.subnet else ""
-        return " · ".join(part for part in (meter, units, chat.task, chat.model_name) if part)
+        return " · ".join(
+            part for part in (meter, units, chat.task, Path(chat.model_name).name) if part
+        )

@@ -112,7 +112,7 @@ def choose_subnetwork(assistant: Assistant, choice: SubnetChoice, first_message:
     if choice.dense:
         return assistant.dense()
     kept = num_kept_units(assistant, choice)
-    with working("selecting FFN units"):
+    with working("preparing the sub-network"):
         if choice.task is not None:
             return assistant.subnetwork_for_task(choice.task, kept)
         return assistant.subnetwork_for_prompt(first_message, kept)
