@@ -212,7 +212,8 @@ class Trainer:
                 "lower the learning rate or resume from the last checkpoint"
             )
         number = record["step"]
-        if number % _LOG_EVERY == 0 or number <= 3 or number == len(self.steps):
+        probed = "probe_overlap" in record
+        if number % _LOG_EVERY == 0 or number <= 3 or number == len(self.steps) or probed:
             self._report(record)
 
     def result(self) -> TrainedModel:
