@@ -275,5 +275,13 @@ def test_committed_configurations_are_valid() -> None:
     assert {"ifp_joint", "ifp_fixed", "static", "dense"} <= set(configs)
     # The rows of the table differ in their masks and in nothing else.
     rows = [configs[name] for name in ("ifp_joint", "ifp_fixed", "static", "dense")]
-    for subject in ("keep_units", "stages", "batch_tokens", "seed", "data", "optimizer"):
+    for subject in (
+        "keep_units",
+        "stages",
+        "batch_tokens",
+        "seed",
+        "data",
+        "optimizer",
+        "distillation",
+    ):
         assert len({repr(getattr(config, subject)) for config in rows}) == 1
