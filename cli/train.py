@@ -42,7 +42,7 @@ def train(
             "--data",
             metavar="FILE.jsonl",
             help="Prompts with responses, or messages; may be compressed (.xz), may be repeated. "
-            "A file's name is its domain.",
+            "A file's name is its domain. hub:OWNER/NAME[:SPLIT] reads a data set of the hub.",
         ),
     ] = None,
     documents: Annotated[

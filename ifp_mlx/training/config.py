@@ -24,7 +24,8 @@ class DataConfig:
 
     Attributes:
         instructions: prompt/response or ``messages`` files; a file's name is its domain.
-        documents: files of documents.
+            ``hub:OWNER/NAME[:SPLIT]`` reads a data set of the hub (extra ``datasets``).
+        documents: files of documents, or hub data sets with a ``text`` field.
         tokenised: a folder of examples made before, in place of the files.
         descriptions: JSON, domain -> task descriptions that may stand in for a prompt.
         excluded_sources: records whose ``source`` starts with one of these are left out.

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ifp_mlx.errors import DataError
 from ifp_mlx.files import staged_directory
+from ifp_mlx.training.hub_records import HubSource
 from ifp_mlx.training.records import (
     BadLines,
     check_document,
@@ -175,7 +176,7 @@ def tokenise_files(
     rules: ExampleRules,
     bad: BadLines,
 ) -> ExampleSet:
-    """Return the examples of local JSON-lines files; a file's name is its domain.
+    """Return the examples of JSON-lines files or hub data sets; a file's name is its domain.
 
     Raises:
         DataError: a file that cannot be used, a bad line, or nothing left after filtering.
@@ -200,7 +201,10 @@ def tokenise_files(
 
 
 def domain_of(path: Path) -> str:
-    """Return a data file's domain: its name without .jsonl and .xz."""
+    """Return a data file's domain, its name without .jsonl and .xz; of the hub, the data set's."""
+    hub = HubSource.parse(path)
+    if hub is not None:
+        return hub.domain
     return path.name.removesuffix(".xz").removesuffix(".jsonl")
 
 

@@ -1,4 +1,4 @@
-"""Records from JSON-lines files, plain or xz: one clear error with file and line."""
+"""Records from JSON-lines files or the hub: one clear error with file and line."""
 
 import collections
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ifp_mlx.errors import DataError
+from ifp_mlx.training.hub_records import HubSource
 
 MAX_LINE_BYTES = 4_000_000
 """A longer line is a damaged file rather than an example."""
@@ -41,10 +42,10 @@ class BadLines:
 def read_records(
     path: Path, check: Callable[[dict[str, Any]], str | None], bad: BadLines
 ) -> Iterator[dict[str, Any]]:
-    """Yield the records of a .jsonl or .jsonl.xz file in order.
+    """Yield the records of a .jsonl or .jsonl.xz file, or of a data set of the hub, in order.
 
     Args:
-        path: the file.
+        path: the file, or ``hub:OWNER/NAME[:SPLIT]``.
         check: returns why a record cannot be used, or None.
         bad: what to do with lines that cannot.
 
@@ -52,6 +53,25 @@ def read_records(
         DataError: the file is missing, damaged or holds no usable record.
     """
     good = 0
+    hub = HubSource.parse(path)
+    for number, record, reason in _rows(hub) if hub else _lines(path):
+        reason = reason or check(record)
+        if reason is not None:
+            bad.report(path, number, reason)
+            continue
+        good += 1
+        yield record
+    if not good:
+        raise DataError(f"{path} holds no usable record")
+
+
+def _rows(hub: HubSource) -> Iterator[tuple[int, dict[str, Any], str | None]]:
+    for number, row in enumerate(hub.rows(), start=1):
+        yield number, row, None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any], str | None]]:
+    """Yield (line number, record, why it is none) of the lines with something on them."""
     try:
         with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
             number = 0
@@ -60,22 +80,11 @@ def read_records(
                 if len(line) > MAX_LINE_BYTES:
                     while line and not line.endswith(b"\n"):
                         line = file.readline(MAX_LINE_BYTES)
-                    bad.report(path, number, f"line over {MAX_LINE_BYTES} bytes")
-                    continue
-                if not line.strip():
-                    continue
-                record, reason = _parse(line)
-                if reason is None:
-                    reason = check(record)
-                if reason is not None:
-                    bad.report(path, number, reason)
-                    continue
-                good += 1
-                yield record
+                    yield number, {}, f"line over {MAX_LINE_BYTES} bytes"
+                elif line.strip():
+                    yield number, *_parse(line)
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-    if not good:
-        raise DataError(f"{path} holds no usable record")
 
 
 def is_usable_text(value: object) -> bool:
