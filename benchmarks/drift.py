@@ -2,7 +2,8 @@
 
 For each domain with a task description, prompts of the evaluation data select units, which are
 compared with those that the domain's own description and all others select: what a threshold for
-``--drift`` can tell apart. The last line is the result as JSON.
+``--drift`` can tell apart. The second table says how many messages it would report, those of the
+task itself and those of others. The last line is the result as JSON.
 
     python benchmarks/drift.py eval --model smollm2-135m --prompts 8
 """
@@ -20,6 +21,7 @@ from ifp_mlx.assistant import Assistant  # noqa: E402
 from ifp_mlx.convert.registry import resolve_model  # noqa: E402
 from ifp_mlx.selection import Selection  # noqa: E402
 
+THRESHOLDS = (0.70, 0.75, 0.80)
 DESCRIPTIONS = Path(ifp_mlx.__file__).parent / "data" / "task_descriptions.json"
 
 
@@ -65,6 +67,17 @@ def main() -> None:
         print(
             f"| {domain} | {min(own):.3f} | {sum(own) / len(own):.3f} "
             f"| {sum(others) / len(others):.3f} | {max(others):.3f} |"
+        )
+    own = [value for row in rows.values() for value in row["own"]]
+    others = [value for row in rows.values() for value in row["others"]]
+    print("\n| threshold | own task reported | other tasks reported |")
+    print("|---|---|---|")
+    for threshold in THRESHOLDS:
+        false = sum(value < threshold for value in own)
+        found = sum(value < threshold for value in others)
+        print(
+            f"| {threshold:.2f} | {false} of {len(own)} ({false / len(own):.0%}) "
+            f"| {found} of {len(others)} ({found / len(others):.0%}) |"
         )
     print(json.dumps({"num_kept_units": kept, "domains": rows}))
 

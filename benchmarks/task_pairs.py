@@ -1,10 +1,11 @@
 """Do two descriptions of one task select the same units, and those of two tasks not?
 
-Prints the overlap of the sub-networks that 15 pairs of paraphrases and 15 pairs of different tasks
-select, and how well a threshold on it tells them apart: what ``--reuse`` and ``--drift`` rest on.
-The last line is the result as JSON.
+Prints the overlap of the sub-networks that pairs of paraphrases and pairs of different tasks
+select, and how well the threshold of ``--reuse`` tells them apart. ``task_pairs.json`` has 15 of
+either kind, ``task_pairs_second.json`` ten that no threshold was chosen by. The last line is the
+result as JSON.
 
-    python benchmarks/task_pairs.py --model smollm2-135m --keep-units 1024 768
+    python benchmarks/task_pairs.py --model smollm2-135m --keep-units 768 512
 """
 
 from ifp_mlx.blas import prefer_openblas
@@ -17,15 +18,17 @@ import json  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
-from ifp_mlx.assistant import Assistant  # noqa: E402
+from ifp_mlx.assistant import PREDICTED_REUSE_OVERLAP, Assistant  # noqa: E402
 from ifp_mlx.convert.registry import resolve_model  # noqa: E402
 from ifp_mlx.selection import Selection  # noqa: E402
 
-PAIRS = json.loads(Path(__file__).with_name("task_pairs.json").read_text())
+PAIRS = Path(__file__).with_name("task_pairs.json")
 
 
-def measure(assistant: Assistant, num_kept_units: int) -> dict[str, Any]:
-    """Return the overlaps of both kinds of pairs and the threshold that tells most apart."""
+def measure(
+    assistant: Assistant, pairs_of: dict[str, Any], num_kept_units: int, threshold: float
+) -> dict[str, Any]:
+    """Return the overlaps of both kinds of pairs, the best threshold and what a given one does."""
     select = functools.cache(functools.partial(assistant.select_for, num_kept_units=num_kept_units))
 
     def overlap(one: Selection, other: Selection) -> float:
@@ -33,7 +36,7 @@ def measure(assistant: Assistant, num_kept_units: int) -> dict[str, Any]:
 
     overlaps = {
         kind: [overlap(select(one), select(other)) for one, other in pairs]
-        for kind, pairs in PAIRS.items()
+        for kind, pairs in pairs_of.items()
     }
     same, different = overlaps["paraphrases"], overlaps["different"]
     best = max(
@@ -44,18 +47,20 @@ def measure(assistant: Assistant, num_kept_units: int) -> dict[str, Any]:
         "num_kept_units": num_kept_units,
         "selector": assistant.selector_name,
         "overlaps": overlaps,
-        "threshold": best,
-        "paraphrases_shared": sum(o >= best for o in same),
-        "paraphrases_apart": sum(o < best for o in same),
-        "different_shared": sum(o >= best for o in different),
-        "different_apart": sum(o < best for o in different),
+        "threshold": threshold,
+        "best_threshold": best,
+        "paraphrases_shared": sum(o >= threshold for o in same),
+        "paraphrases_apart": sum(o < threshold for o in same),
+        "different_shared": sum(o >= threshold for o in different),
+        "different_apart": sum(o < threshold for o in different),
     }
 
 
 def show(result: dict[str, Any]) -> None:
     """Print one result as a Markdown table."""
     print(f"\n{result['selector']}, K = {result['num_kept_units']}\n")
-    print("| pairs | lowest | mean | highest | share one at threshold | kept apart |")
+    threshold = result["threshold"]
+    print(f"| pairs | lowest | mean | highest | share one at {threshold} | kept apart |")
     print("|---|---|---|---|---|---|")
     for kind in ("paraphrases", "different"):
         values = result["overlaps"][kind]
@@ -63,7 +68,7 @@ def show(result: dict[str, Any]) -> None:
             f"| {kind} | {min(values):.3f} | {sum(values) / len(values):.3f} | {max(values):.3f} "
             f"| {result[f'{kind}_shared']} | {result[f'{kind}_apart']} |"
         )
-    print(f"\nThreshold with the fewest mistakes: {result['threshold']:.3f}")
+    print(f"\nThreshold with the fewest mistakes: {result['best_threshold']:.3f}")
 
 
 def main() -> None:
@@ -72,9 +77,14 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--selector", default=None)
     parser.add_argument("--keep-units", type=int, nargs="+", default=[1024])
+    parser.add_argument("--pairs", type=Path, default=PAIRS)
+    parser.add_argument("--threshold", type=float, default=PREDICTED_REUSE_OVERLAP)
     arguments = parser.parse_args()
+    pairs_of = json.loads(arguments.pairs.read_text())
     assistant = Assistant.load(resolve_model(arguments.model), selector=arguments.selector)
-    results = [measure(assistant, amount) for amount in arguments.keep_units]
+    results = [
+        measure(assistant, pairs_of, amount, arguments.threshold) for amount in arguments.keep_units
+    ]
     for result in results:
         show(result)
     print(json.dumps(results))

@@ -110,7 +110,7 @@ def chat(
 
         check_kv_path(prompt_cache_file)
     if auto_retask and not drift:
-        raise UsageError("--auto-retask needs --drift OVERLAP, for example --drift 0.8")
+        raise UsageError("--auto-retask needs --drift OVERLAP, for example --drift 0.75")
     model_choice = ModelChoice(
         model, adapter, no_adapter, selector, compensate, reuse, not no_cache, force, exact_down
     )

@@ -40,8 +40,9 @@ DEFAULT_KEEP_RATIO = 2 / 3
 """Without an adapter, below two thirds of the units a small model loses too much (README)."""
 
 PREDICTED_REUSE_OVERLAP = 0.85
-"""Predicted sub-networks of paraphrases have more than this in common, those of different tasks
-less (benchmarks/task_pairs.py). Other selectors tell tasks apart too little to reuse by overlap."""
+"""Of 768 units, predicted sub-networks of paraphrases have more than this in common, those of
+different tasks less (benchmarks/task_pairs.py, with the shipped adapter). Other selectors tell tasks
+apart too little to reuse by overlap."""
 
 
 @dataclasses.dataclass(frozen=True)
