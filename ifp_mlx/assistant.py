@@ -41,8 +41,8 @@ DEFAULT_KEEP_RATIO = 2 / 3
 
 PREDICTED_REUSE_OVERLAP = 0.85
 """Of 768 units, predicted sub-networks of paraphrases have more than this in common, those of
-different tasks less (benchmarks/task_pairs.py, with the shipped adapter). Other selectors tell tasks
-apart too little to reuse by overlap."""
+different tasks less (benchmarks/task_pairs.py, with the shipped adapter). Other selectors tell
+tasks apart too little to reuse by overlap."""
 
 
 @dataclasses.dataclass(frozen=True)
