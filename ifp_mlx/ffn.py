@@ -140,9 +140,10 @@ def clone_module(module: Any) -> Any:
     if isinstance(module, nn.Module):
         copy = type(module).__new__(type(module))
         copy.__dict__.update(module.__dict__)
+        dict.update(copy, module)  # nn.Module means something else by ``update``
         for name, child in module.items():
-            shared = isinstance(child, mx.array)
-            dict.__setitem__(copy, name, child if shared else clone_module(child))
+            if isinstance(child, dict | list):  # a module is a dict
+                dict.__setitem__(copy, name, clone_module(child))
         return copy
     if isinstance(module, list):
         return [clone_module(child) for child in module]

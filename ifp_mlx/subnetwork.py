@@ -11,7 +11,7 @@ packed projection stays whole (``whole_down``), whichever is smaller.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Protocol, cast
 
 import mlx.core as mx
@@ -172,7 +172,7 @@ def fill_layers(
     compensation: Calibration | None = None,
     exact_down: bool = False,
     error: RequantizationError | None = None,
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """Replace each FFN of a ``compact_skeleton`` by the selected units; yield which one was. Lazy.
 
     Args:
@@ -183,26 +183,39 @@ def fill_layers(
         exact_down: as in ``slice_model``.
         error: as in ``slice_model``.
     """
-    for layer in range(selection.num_layers):
-        _fill_layer(compact, layer, selection, source, compensation, exact_down, error)
+    cut = _Cut(
+        layout=ffn.ffn_layout(compact.args.model_type),
+        dtype=compute_dtype(compact),
+        selection=selection,
+        source=source,
+        compensation=compensation,
+        exact_down=exact_down,
+        error=error,
+    )
+    for layer, module in enumerate(ffn.ffn_modules(compact)):
+        _fill_layer(module, layer, cut)
         yield layer
 
 
-def _fill_layer(
-    compact: nn.Module,
-    layer: int,
-    selection: Selection,
-    source: UnitSource,
-    compensation: Calibration | None,
-    exact_down: bool,
-    error: RequantizationError | None,
-) -> None:
-    layout = ffn.ffn_layout(compact.args.model_type)
-    module = ffn.ffn_modules(compact)[layer]
-    indices = selection.indices[layer]
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+    """What is the same for every layer of a compact model that is filled."""
+
+    layout: ffn.FFNLayout
+    dtype: mx.Dtype
+    selection: Selection
+    source: UnitSource
+    compensation: Calibration | None
+    exact_down: bool
+    error: RequantizationError | None
+
+
+def _fill_layer(module: nn.Module, layer: int, cut: _Cut) -> None:
+    layout, source, selection = cut.layout, cut.source, cut.selection
+    indices = selection.units(layer)
     values = None if selection.mask_values is None else selection.mask_values[layer]
-    dtype = compute_dtype(compact)
-    whole = exact_down and is_smaller_whole(module[layout.down], len(indices), dtype)
+    dtype = cut.dtype
+    whole = cut.exact_down and is_smaller_whole(module[layout.down], len(indices), dtype)
     if whole:
         projections = source.rows(layer, indices)
     else:
@@ -218,12 +231,12 @@ def _fill_layer(
         if values is not None:
             columns = (columns * values).astype(columns.dtype)
         dtype = columns.dtype
-        down = make_down(module[layout.down], columns, exact=exact_down)
-        if error is not None and isinstance(down, nn.QuantizedLinear):
-            error.add(columns, dequantized(down, mx.float32))
-    if compensation is not None:
+        down = make_down(module[layout.down], columns, exact=cut.exact_down)
+        if cut.error is not None and isinstance(down, nn.QuantizedLinear):
+            cut.error.add(columns, dequantized(down, mx.float32))
+    if cut.compensation is not None:
         removed = 1 - selection.mask()[layer]  # (F,)
-        offset = source.down_product(layer, compensation.mean_activation[layer] * removed)
+        offset = source.down_product(layer, cut.compensation.mean_activation[layer] * removed)
         _add_bias(down, offset.astype(dtype))
     for name, linear in projections.items():
         module[name] = linear

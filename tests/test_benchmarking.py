@@ -1,6 +1,8 @@
 """What the benchmarks time is the real thing. Correctness only: no time is ever asserted."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,51 @@ def test_first_token_is_that_of_the_checked_path(dense, predictor) -> None:
     compact = slice_model(dense, select(PredictorSelector(predictor), PROMPT, 64))
     assert token.item() == mx.argmax(compact(mx.array([PROMPT]))[0, -1]).item()
     assert kv_cache[0].offset == len(PROMPT)
+
+
+def test_layers_started_early_compute_the_same(dense, monkeypatch) -> None:
+    monkeypatch.setattr(generation, "LAYERS_AT_ONCE", 2)
+    started = generation.started_by_layers(dense)
+    starts = []
+    monkeypatch.setattr(mx, "async_eval", starts.append)
+    early, kv_cache = generation.prefill(started, mx.array(PROMPT))
+    late, _ = generation.prefill(dense, mx.array(PROMPT))
+    assert [hidden.shape for hidden in starts] == [(1, len(PROMPT), 64)]  # after 2 of 3 layers
+    assert mx.array_equal(early, late).item()
+    assert kv_cache[0].offset == len(PROMPT)
+
+
+def test_first_token_slices_each_layer_as_the_prefill_comes_to_it(
+    dense, predictor, monkeypatch
+) -> None:
+    selection = generation.select_lazily(predictor, PROMPT, 64)
+    compact = slice_model(dense, selection)
+    expected, expected_cache = generation.prefill(compact, mx.array(PROMPT))
+    monkeypatch.setattr(generation, "PREFILL_STEP_SIZE", 4)  # sliced once, not once a chunk
+    token, kv_cache = generation.first_token_of(dense, selection, mx.array(PROMPT))
+    assert token.item() == mx.argmax(expected).item()
+    for layer, other in zip(kv_cache, expected_cache, strict=True):
+        keys, expected_keys = layer.keys_and_values()[0], other.keys_and_values()[0]
+        assert mx.allclose(keys, expected_keys, atol=1e-5).item()
+
+
+def test_first_token_lets_go_of_its_compact_model(dense, predictor, monkeypatch) -> None:
+    made = []
+    make = generation.compact_skeleton
+
+    def remember(*args: Any) -> Any:
+        compact = make(*args)
+        made.append(weakref.ref(compact))
+        return compact
+
+    monkeypatch.setattr(generation, "compact_skeleton", remember)
+    gc.disable()
+    try:
+        token, _ = generation.first_token(dense, predictor, PROMPT, 64)
+        mx.eval(token)
+        assert made[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_predictors_select_by_prompt(predictor) -> None:
@@ -213,7 +260,11 @@ def test_latency_of_a_mixture_of_experts_has_one_row(tmp_path: Path) -> None:
     path.write_text(json.dumps(config))
     options = runs.ModelOptions(str(path), dtype="float32")
     content = runs.run_latency(options, [Workload(12, 3, 2)], repeats=ONCE, decode_repeats=1)
-    assert [row["name"] for row in content["rows"]] == [latency.DENSE]
+    (row,) = content["rows"]
+    assert row["name"] == latency.DENSE
+    # A step reads the experts of its tokens, not all of them: no share of bandwidth is claimed.
+    assert row["decode"] is not None
+    assert row["bandwidth_share"] is None
 
 
 def test_slicing_reports_every_way() -> None:

@@ -1,6 +1,8 @@
 """A compact model equals the dense one with the other units masked, for every family."""
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,6 +13,7 @@ from mlx.utils import tree_flatten
 from ifp_mlx import ffn
 from ifp_mlx.calibration import CalibrationExample, calibrate
 from ifp_mlx.errors import ArchitectureError, SelectionError
+from ifp_mlx.gather import with_unit_major_downs
 from ifp_mlx.masking import top_k_indices
 from ifp_mlx.selection import Selection
 from ifp_mlx.subnetwork import down_requantization_error, slice_model
@@ -76,6 +79,20 @@ def test_compact_model_shares_everything_outside_the_ffn(tiny_model: ModelFactor
         name for name, array in tree_flatten(compact.parameters()) if array is dense_arrays[name]
     }
     assert shared == {name for name in dense_arrays if ".mlp." not in name}
+
+
+def test_slicing_gathers_once_a_projection(tiny_model: ModelFactory, tmp_path: Path) -> None:
+    model = with_unit_major_downs(tiny_model("llama"))
+    selection = select_random(model, 64)
+    mx.eval(model.parameters(), selection.indices)
+    compact = slice_model(model, selection)
+    arrays = [a for module in ffn.ffn_modules(compact) for a in ffn.named_arrays(module).values()]
+    mx.export_to_dot(str(tmp_path / "graph.dot"), *arrays)
+    primitives = re.findall(r'label ="([A-Za-z]+)"', (tmp_path / "graph.dot").read_text())
+    launched = [
+        name for name in primitives if name not in {"View", "Transpose", "Squeeze", "Slice"}
+    ]
+    assert launched == ["Gather"] * 3 * selection.num_layers
 
 
 def test_slicing_leaves_the_dense_model_as_it_was(tiny_model: ModelFactory) -> None:

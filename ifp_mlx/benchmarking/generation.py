@@ -1,6 +1,8 @@
 """Prefill once, then several samples of the one prompt: the pieces that the benchmarks time."""
 
-from collections.abc import Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import mlx.core as mx
@@ -13,10 +15,14 @@ from ifp_mlx.benchmarking.shapes import arrays_of
 from ifp_mlx.masking import top_k_indices
 from ifp_mlx.predictor import SparsityPredictor
 from ifp_mlx.selection import Selection
-from ifp_mlx.subnetwork import slice_model
+from ifp_mlx.subnetwork import ResidentUnits, compact_skeleton, fill_layers
 
 PREFILL_STEP_SIZE = 8192
 """Prompt tokens in one forward pass; of longer prompts, chunks, all in one evaluation."""
+
+
+LAYERS_AT_ONCE = 4
+"""Layers of a prefill that are built before the device starts on them."""
 
 
 class ChosenUnits(Selection):
@@ -60,15 +66,39 @@ def first_token(
 ) -> tuple[mx.array, list[Any]]:
     """Return the first token of the sub-network that a prompt selects, and its KV cache.
 
-    Nothing waits for the host in between: the device selects while the host builds the slices,
-    and slices while the host builds the prefill.
+    Nothing waits for the host in between: the device selects while the host builds the first
+    layers, their slices included.
     """
     selection = select_lazily(predictor, prompt_ids, num_kept_units)
     mx.async_eval(selection.indices)
-    compact = slice_model(dense, selection)
-    mx.async_eval(ffn_arrays(compact))
-    logits, kv_cache = prefill(compact, mx.array(list(prompt_ids)))
+    return first_token_of(dense, selection, mx.array(list(prompt_ids)))
+
+
+def first_token_of(
+    dense: nn.Module, selection: Selection, prompt_ids: mx.array
+) -> tuple[mx.array, list[Any]]:
+    """Return the first token of a sub-network after a prompt of (T,) ids, and its KV cache.
+
+    Each layer is sliced as the prefill comes to it.
+    """
+    selection.validate(dense)
+    compact = compact_skeleton(dense, selection)
+    # Closed, it lets go of the compact model, which would else wait for the garbage collector.
+    with contextlib.closing(fill_layers(compact, selection, ResidentUnits(dense))) as filling:
+        _start_by_layers(compact, before_layer=lambda: next(filling, None))
+        logits, kv_cache = prefill(compact, prompt_ids)
     return mx.argmax(logits), kv_cache
+
+
+def started_by_layers(model: nn.Module) -> nn.Module:
+    """Return a copy of ``model``, sharing its arrays, for prefills.
+
+    The device starts on its first layers while the host still builds the others; what is computed
+    is the same.
+    """
+    started: nn.Module = ffn.clone_module(model)
+    _start_by_layers(started)
+    return started
 
 
 def ffn_arrays(model: nn.Module) -> list[mx.array]:
@@ -134,6 +164,32 @@ def decode_with_mlx_lm(
         sampler=mx.random.categorical,
     )
     return [cast(int, first.item()), *(cast(int, token) for token, _ in steps)]
+
+
+def _start_by_layers(model: nn.Module, before_layer: Callable[[], Any] = lambda: None) -> None:
+    """Start each few layers of ``model`` as soon as they are built; changes it in place.
+
+    Args:
+        model: an mlx-lm model that calls its layers in order.
+        before_layer: called before each call of a layer.
+    """
+    for index, layer in enumerate(model.layers):
+        layer._before_layer = before_layer
+        layer._starts = (index + 1) % LAYERS_AT_ONCE == 0
+        layer_class: Any = type(layer)
+        layer.__class__ = _started_class(layer_class)
+
+
+@functools.cache
+def _started_class(layer_class: type[nn.Module]) -> type[nn.Module]:
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self._before_layer()
+        output = layer_class.__call__(self, *args, **kwargs)
+        if self._starts:
+            mx.async_eval(output)
+        return output
+
+    return type(f"Started{layer_class.__name__}", (layer_class,), {"__call__": call})
 
 
 def _logits(model: nn.Module, hidden: mx.array) -> mx.array:

@@ -14,11 +14,13 @@ from ifp_mlx.benchmarking.generation import (
     decode_with_mlx_lm,
     ffn_arrays,
     first_token,
+    first_token_of,
     prefill,
     repeat_kv_cache,
     select_lazily,
+    started_by_layers,
 )
-from ifp_mlx.benchmarking.shapes import num_bytes, num_parameters
+from ifp_mlx.benchmarking.shapes import is_mixture, num_bytes, num_parameters
 from ifp_mlx.benchmarking.timing import Repeats, Timing, Work, measure, measure_in_turns
 from ifp_mlx.predictor import SparsityPredictor
 from ifp_mlx.subnetwork import slice_model
@@ -83,7 +85,8 @@ class Row:
         decode: all new tokens of all samples, after the prefill.
         tokens_per_s: new tokens of all samples a second.
         peak_memory_bytes: what the row needs resident, and the most it adds until the first token.
-        step_bytes: bytes that one decoding step must read: weights and mean KV cache.
+        step_bytes: bytes that one decoding step must read: weights and mean KV cache. Not known
+            of a mixture of experts.
         bandwidth_share: of the device's copy bandwidth that decoding reaches with them.
         ttft_to_dense: ratio to the dense source in this run; ``ttft_to_small`` and
             ``decode_to_small`` are to the dense model of the compact shape.
@@ -130,7 +133,7 @@ def measure_latency(
     prompt_ids = _random_ids(subjects, workload.prompt_tokens)
     ids = mx.array(prompt_ids)
     models = {DENSE: subjects.dense}
-    works: dict[str, Work] = {DENSE: lambda: _first(subjects.dense, ids)}
+    works: dict[str, Work] = {DENSE: _first_token(subjects.dense, ids)}
     resident = {DENSE: num_bytes(subjects.dense)}
     stages: dict[str, Work] = {}
     small, predictor = subjects.small, subjects.predictor
@@ -141,12 +144,12 @@ def measure_latency(
         mx.eval(compact.parameters())
         models |= dict.fromkeys((PER_INPUT, PER_TASK, PER_TASK_SLICED), compact) | {SMALL: small}
         works |= {
-            SMALL: lambda: _first(small, ids),
+            SMALL: _first_token(small, ids),
             PER_INPUT: lambda: first_token(
                 subjects.source, predictor, prompt_ids, subjects.num_kept_units
             )[0],
-            PER_TASK: lambda: _first(compact, ids),
-            PER_TASK_SLICED: lambda: _first(slice_model(subjects.source, selection), ids),
+            PER_TASK: _first_token(compact, ids),
+            PER_TASK_SLICED: lambda: first_token_of(subjects.source, selection, ids)[0],
         }
         stages = {
             "selection": lambda: (
@@ -201,8 +204,9 @@ def step_bytes(model: nn.Module, workload: Workload) -> int:
     return weights + workload.num_samples * positions * position_bytes
 
 
-def _first(model: nn.Module, ids: mx.array) -> mx.array:
-    return mx.argmax(prefill(model, ids)[0])
+def _first_token(model: nn.Module, ids: mx.array) -> Work:
+    started = started_by_layers(model)
+    return lambda: mx.argmax(prefill(started, ids)[0])
 
 
 def _random_ids(subjects: Subjects, num_tokens: int) -> list[int]:
@@ -245,6 +249,8 @@ def _add_decoding(
         timed = name if name in timings else PER_TASK
         row.decode = timings[timed]
         row.tokens_per_s = workload.num_samples * workload.new_tokens / timings[timed].median_s
+        if is_mixture(models[name]):
+            continue
         row.step_bytes = step_bytes(models[name], workload)
         bytes_per_s = row.step_bytes * workload.new_tokens / timings[timed].median_s
         row.bandwidth_share = bytes_per_s / bandwidth

@@ -17,6 +17,7 @@ from ifp_mlx.benchmarking.shapes import (
     build_predictor,
     find_predictor_config,
     find_shape,
+    is_mixture,
 )
 from ifp_mlx.benchmarking.slicing import measure_slicing
 from ifp_mlx.benchmarking.switching import measure_switching
@@ -189,15 +190,11 @@ def _bits_of(model: nn.Module) -> int:
 
 
 def _source_model(options: ModelOptions, dense: nn.Module) -> nn.Module:
-    if options.unit_major is False or _is_mixture(dense):
+    if options.unit_major is False or is_mixture(dense):
         return dense
     source = with_unit_major_downs(dense) if options.unit_major else laid_out_for_slicing(dense)
     mx.eval(source.parameters())
     return source
-
-
-def _is_mixture(model: nn.Module) -> bool:
-    return hasattr(model.args, "num_experts")
 
 
 def _predictor(options: ModelOptions, shape: Shape) -> Any:

@@ -257,6 +257,11 @@ def build_predictor(
     return SparsityPredictor(reader, head)
 
 
+def is_mixture(model: nn.Module) -> bool:
+    """Return whether a model is a mixture of experts, which is not sliced."""
+    return hasattr(model.args, "num_experts")
+
+
 def num_parameters(model: nn.Module) -> int:
     """Return how many weights a model has; of a quantized layer, how many it stands for."""
     total = 0

@@ -11,8 +11,10 @@ import mlx.nn as nn
 from ifp_mlx.benchmarking.generation import (
     ffn_arrays,
     first_token,
+    first_token_of,
     prefill,
     select_lazily,
+    started_by_layers,
 )
 from ifp_mlx.benchmarking.timing import Repeats, Timing, Work, measure_in_turns
 from ifp_mlx.predictor import SparsityPredictor
@@ -75,7 +77,7 @@ def measure_switching(
                 selection = select_lazily(predictor, task_ids, num_kept_units)
                 paths.append(Path(folder) / f"{len(paths)}.safetensors")
                 selection.save(paths[-1])
-                compacts.append(slice_model(source, selection))
+                compacts.append(started_by_layers(slice_model(source, selection)))
                 mx.eval(compacts[-1].parameters())
             mx.clear_cache()
             added_bytes = mx.get_active_memory() - before
@@ -109,6 +111,6 @@ def _works(
     return {
         "stay": lambda: token(compacts[0]),
         "resident": lambda: token(compacts[next(tasks)]),
-        "indices": lambda: token(slice_model(source, Selection.load(paths[next(tasks)])[0])),
+        "indices": lambda: first_token_of(source, Selection.load(paths[next(tasks)])[0], prompt)[0],
         "anew": lambda: first_token(source, predictor, task_ids, num_kept_units)[0],
     }
