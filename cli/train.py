@@ -81,6 +81,23 @@ def train(
         int | None,
         typer.Option("--lora-rank", metavar="R", min=0, help="Low-rank training; 0 trains all."),
     ] = None,
+    distillation: Annotated[
+        float | None,
+        typer.Option(
+            "--distillation",
+            metavar="W",
+            min=0.0,
+            help="Weight of learning from the dense model's distribution, beside the text itself.",
+        ),
+    ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            "--teacher",
+            metavar="ADAPTER",
+            help="Distil from the dense model with this adapter, as --mask none makes one.",
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Of everything.")] = None,
     held_out: Annotated[
         Path | None,
@@ -133,6 +150,7 @@ def train(
         },
         "optimizer": {"learning_rate": learning_rate},
         "lora": {"rank": lora_rank},
+        "distillation": {"weight": distillation, "teacher": str(teacher) if teacher else None},
     }
     values = dataclasses.asdict(settings) | changes
     for name, fields in nested.items():

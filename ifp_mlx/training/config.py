@@ -220,6 +220,8 @@ class TrainingConfig:
             raise ConfigError("batch_tokens must hold at least one example of max_tokens")
         if not 0 <= self.joint.start_share <= 1:
             raise ConfigError("joint.start_share must be between 0 and 1")
+        if self.distillation.teacher is not None and not self.distillation.weight:
+            raise ConfigError("a teacher needs a weight: --distillation W, or distillation.weight")
         if self.optimizer.learning_rate <= 0 or self.joint.learning_rate < 0:
             raise ConfigError("learning rates must be positive")
 

@@ -87,6 +87,7 @@ def run_training(
     folder = Path(config.model)
     model, _ = load_model(folder, mx.float32)
     _check_fit(config, model)
+    teacher = _teacher(config, model)
     tokenizer: ChatTokenizer = load_tokenizer(folder)
     bad = BadLines(skip=config.data.skip_bad_lines)
     examples = _examples(config.data, tokenizer, bad, output, resume=resume)
@@ -104,7 +105,7 @@ def run_training(
             examples,
             config,
             warm_start,
-            _teacher(config, model),
+            teacher,
             report=log,
             evaluate=callback,
             checkpoint_folder=output / "checkpoint",
