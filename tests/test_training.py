@@ -30,6 +30,7 @@ from ifp_mlx.training.config import (
     WarmStartConfig,
 )
 from ifp_mlx.training.examples import ExampleSet
+from ifp_mlx.training.masked_model import training_dtype
 from ifp_mlx.training.optimizer import AdamW, learning_rate_at
 from ifp_mlx.training.predictor_step import PredictorTrainer, centred
 from ifp_mlx.training.schedule import make_batch, make_schedule
@@ -146,6 +147,15 @@ _MODES: dict[str, dict[str, Any]] = {
     "full_distillation": {"mask": "ifp", "distillation": DistillationConfig(2.0)},
     "lora": {"mask": "static", "lora": LoRAConfig(rank=8, scale=4.0)},
 }
+
+
+def test_automatic_type_is_float32_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = dataclasses.replace(_config(), compute_dtype="auto")
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
+    assert training_dtype(auto) == mx.float32
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    assert training_dtype(auto) == mx.bfloat16
+    assert training_dtype(_config()) == mx.float32
 
 
 @pytest.mark.parametrize("mode", _MODES)

@@ -178,7 +178,8 @@ class TrainingConfig:
         stages: in order.
         batch_tokens: tokens a step, padding counted.
         grad_accumulation_steps: micro-batches a step.
-        compute_dtype: bfloat16 or float32; master weights are float32.
+        compute_dtype: bfloat16 or float32; auto is float32 on a CPU, where 16 bits are slow, and
+            bfloat16 elsewhere. Master weights are float32.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         seed: of everything random.
         evaluate_every: steps between evaluations; 0 evaluates at the end alone.
@@ -192,7 +193,7 @@ class TrainingConfig:
     stages: tuple[StageConfig, ...] = (StageConfig(tokens=1_000_000),)
     batch_tokens: int = 16384
     grad_accumulation_steps: int = 1
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     gradient_checkpointing: bool = False
     seed: int = 0
     evaluate_every: int = 0

@@ -22,7 +22,7 @@ class MaskedModel:
     """
 
     def __init__(self, model: nn.Module, config: TrainingConfig):
-        self.dtype = mx.bfloat16 if config.compute_dtype == "bfloat16" else mx.float32
+        self.dtype = training_dtype(config)
         self._base = model
         self._lora_scale = config.lora.scale
         module = ffn.clone_module(model)
@@ -79,6 +79,14 @@ class MaskedModel:
             elif leaf != "lora_b":
                 plain[name] = tensor
         return plain
+
+
+def training_dtype(config: TrainingConfig) -> mx.Dtype:
+    """Return the type that a run computes in, by its configuration and the default device."""
+    name = config.compute_dtype
+    if name == "auto":
+        name = "float32" if mx.default_device() == mx.Device(mx.cpu) else "bfloat16"
+    return mx.bfloat16 if name == "bfloat16" else mx.float32
 
 
 def _add_lora(module: nn.Module, config: TrainingConfig) -> None:

@@ -23,6 +23,7 @@ from ifp_mlx.training.examples import (
     chat_ids,
     tokenise_files,
 )
+from ifp_mlx.training.masked_model import training_dtype
 from ifp_mlx.training.records import BadLines
 from ifp_mlx.training.schedule import make_schedule
 from ifp_mlx.training.trainer import Report, Trainer
@@ -182,7 +183,7 @@ def _warm_start(
         return WarmStart.load(saved)
     steps = make_schedule(examples, config)
     reader = ffn.clone_module(model)
-    reader.set_dtype(mx.bfloat16 if config.compute_dtype == "bfloat16" else mx.float32)
+    reader.set_dtype(training_dtype(config))
     return make_warm_start(
         reader,
         examples,
