@@ -162,9 +162,12 @@ def _open_session(
         summaries = list_sessions(folder)
         if not summaries:
             raise UsageError("there is no chat to resume; leave out --resume to begin one")
-        return Session.load(folder, summaries[0].name)
+        name = summaries[0].name
     if name is not None and session_path(folder, name).exists():
-        return Session.load(folder, name)
+        session = Session.load(folder, name)
+        if not session.messages:  # emptied, or killed before its first message was whole
+            session.change_settings(settings)
+        return session
     return Session.new(folder, settings, name, recorded=recorded)
 
 
@@ -236,7 +239,7 @@ class _ChatLoop:
 
     def _notice_drift(self, text: str) -> None:
         """Compare what the message would select with what is in use, from the second one on."""
-        if not self._drift or not self._chat.session.messages:
+        if not self._drift or not self._chat.messages:
             return
         overlap = self._chat.overlap_with(text)
         if overlap is None or overlap >= self._drift:

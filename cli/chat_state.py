@@ -50,7 +50,8 @@ class Chat:
         session: where every message is recorded.
         sampling: how tokens are drawn.
         subnet: what answers; None until the first message selects it.
-        unanswered: a message whose reply was lost when an earlier chat was killed.
+        unanswered: a message whose reply was lost when an earlier chat was killed. The next message
+            takes its place.
         shows_statistics: print a line of measurements below each reply.
         num_draft_tokens: lossless: the sub-network drafts this many tokens, which the whole model
             checks; None lets the sub-network answer.
@@ -81,6 +82,7 @@ class Chat:
         self.assistant: Assistant = load_assistant(model_choice, preload=subnet_choice.needs_dense)
         self.subnet: SubNetwork | None = None
         self.unanswered: str | None = None
+        self._num_replaced = 0  # newest messages in the session that the next one replaces
         self._conversation: Conversation | None = None
         self._kv_path = kv_path
         self._kv_file: KVCacheFile | None = None
@@ -106,6 +108,11 @@ class Chat:
         return self._model_choice.model
 
     @property
+    def messages(self) -> list[dict[str, str]]:
+        """What has been said, without what the next message replaces."""
+        return self.session.messages[: len(self.session.messages) - self._num_replaced]
+
+    @property
     def stats(self) -> GenerationStats | None:
         """Measurements of the last reply."""
         return self._conversation.stats if self._conversation else None
@@ -113,7 +120,7 @@ class Chat:
     @property
     def last_answer(self) -> str | None:
         """The last reply, as far as it came."""
-        answers = [m["content"] for m in self.session.messages if m["role"] == "assistant"]
+        answers = [m["content"] for m in self.messages if m["role"] == "assistant"]
         return answers[-1] if answers else None
 
     @property
@@ -134,11 +141,10 @@ class Chat:
 
         The message is on disk before the answer begins, the answer as soon as it ends.
         """
-        if self.unanswered is not None:
-            self.session.drop_last(1)
-            self.unanswered = None
         conversation = self._ready(text)
-        self.session.add_message("user", text)
+        # Not before all is ready: what is replaced stays until its replacement is on disk.
+        self.session.add_message("user", text, replaces=self._num_replaced)
+        self.unanswered, self._num_replaced = None, 0
         num_before = len(conversation.messages)
         try:
             return stream_answer(conversation.reply(text, self.sampling), write)
@@ -191,7 +197,7 @@ class Chat:
         Raises:
             UsageError: nothing has been said yet.
         """
-        recent = [m["content"] for m in self.session.messages[-_RETASK_MESSAGES:]]
+        recent = [m["content"] for m in self.messages[-_RETASK_MESSAGES:]]
         if message is not None:
             recent.append(message)
         if not recent:
@@ -242,6 +248,7 @@ class Chat:
         self.session = session
         wanted = session.settings.model or self.model_name
         self._conversation = None
+        self.unanswered, self._num_replaced = None, 0
         if wanted != self.model_name:
             self.change_model(wanted)
         self._adopt_session(session, SubnetChoice())
@@ -253,29 +260,28 @@ class Chat:
         """Begin a new session with the same settings; the old one stays on disk."""
         fresh = Session.new(folder, self.session.settings, recorded=self.session.recorded)
         self.session.close()
-        self.session, self.unanswered, self._conversation = fresh, None, None
+        self.session, self._conversation = fresh, None
+        self.unanswered, self._num_replaced = None, 0
         if self.task is None and not self._choice.dense:
             self.subnet = None  # the next message selects
 
     def take_back(self) -> str:
-        """Remove the last message and its answer; return the message.
+        """Return the last message: the next one will replace it and its answer.
 
         Raises:
             UsageError: there is none.
         """
         if self.unanswered is not None:
             text, self.unanswered = self.unanswered, None
-            self.session.drop_last(1)
             return text
-        messages = self.session.messages
+        messages = self.messages
         positions = [i for i, message in enumerate(messages) if message["role"] == "user"]
         if not positions:
             raise UsageError("nothing has been said yet")
-        text = messages[positions[-1]]["content"]
-        self.session.drop_last(len(messages) - positions[-1])
+        self._num_replaced += len(messages) - positions[-1]
         if self._conversation is not None:
             self._conversation.drop_last_turn()
-        return text
+        return messages[positions[-1]]["content"]
 
     def drop_oldest(self, num_tokens: int) -> int:
         """Forget the oldest turns until ``num_tokens`` are free again; return how many turns."""
@@ -285,7 +291,7 @@ class Chat:
         while conversation.num_context_tokens > target and conversation.drop_first_turn():
             num_turns += 1
         kept = sum(1 for message in conversation.messages if message["role"] != "system")
-        self.session.drop_first(len(self.session.messages) - kept)
+        self.session.drop_first(len(self.messages) - kept)
         return num_turns
 
     def _ready(self, text: str) -> Conversation:
@@ -299,7 +305,7 @@ class Chat:
 
     def _first_question(self) -> str | None:
         """Return the message that selects where no task does."""
-        questions = [m["content"] for m in self.session.messages if m["role"] == "user"]
+        questions = [m["content"] for m in self.messages if m["role"] == "user"]
         return questions[0] if questions else None
 
     def _select(self, text: str) -> None:
@@ -323,7 +329,6 @@ class Chat:
         if self.subnet is None:
             self._conversation = None
             return
-        messages = self.session.messages[: -1 if self.unanswered is not None else None]
         model, draft_model = self._models(self.subnet)
         self._kv_file = self._new_kv_file(self.subnet)
         kept = self._kv_file.load(say) if self._kv_file is not None else None
@@ -332,7 +337,7 @@ class Chat:
             self.assistant.tokenizer,
             self.assistant.context_length,
             system_prompt=self.system_prompt,
-            messages=messages,
+            messages=self.messages,
             kv_cache=kept[0] if kept else None,
             kv_token_ids=kept[1] if kept else (),
             draft_model=draft_model,
@@ -374,7 +379,7 @@ class Chat:
             )
             say(f"continuing {session.name}: {plural(len(session.messages), 'message')}")
         if session.messages and session.messages[-1]["role"] == "user":
-            self.unanswered = session.messages[-1]["content"]
+            self.unanswered, self._num_replaced = session.messages[-1]["content"], 1
             say("its last message was not answered; /retry answers it")
 
     def _record_settings(self) -> None:

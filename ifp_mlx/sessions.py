@@ -112,13 +112,16 @@ class Session:
             raise
         return session
 
-    def add_message(self, role: str, content: str) -> None:
-        """Append one message.
+    def add_message(self, role: str, content: str, *, replaces: int = 0) -> None:
+        """Append one message, in the place of the newest ``replaces`` (which stay in the file).
+
+        One record does both: a crash leaves the old messages or the new one.
 
         Raises:
             SessionError: the disk is full or the file cannot be written.
         """
-        self._record({"kind": "message", "role": role, "content": content})
+        record: dict[str, Any] = {"kind": "message", "role": role, "content": content}
+        self._record(record | ({"replaces": replaces} if replaces else {}))
 
     def change_settings(self, settings: SessionSettings) -> None:
         """Record other settings; before the first message nothing is written yet."""
@@ -215,6 +218,7 @@ class Session:
                 values = {key: value for key, value in record.items() if key != "kind"}
                 self.settings = SessionSettings(**values)
             case "message":
+                del self.messages[len(self.messages) - int(record.get("replaces", 0)) :]
                 self.messages.append({"role": record["role"], "content": record["content"]})
             case "drop_last":
                 del self.messages[len(self.messages) - int(record["count"]) :]

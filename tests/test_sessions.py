@@ -49,6 +49,24 @@ def test_session_forgets_dropped_messages(tmp_path: Path) -> None:
     assert contents(loaded) == contents(session) == ["question 1", "answer 1", "question 2"]
 
 
+def test_session_replaces_messages_in_one_record(tmp_path: Path) -> None:
+    session = make_session(tmp_path)
+    before = contents(session)
+    size = session.path.stat().st_size
+    session.add_message("user", "asked anew", replaces=2)
+    session.close()
+    loaded = Session.load(tmp_path, "talk")
+    loaded.close()
+    assert contents(loaded) == contents(session) == [*before[:-2], "asked anew"]
+    # However much of the record a crash leaves, the old messages or the new one are there.
+    content = session.path.read_bytes()
+    for length in range(size, len(content)):
+        session.path.write_bytes(content[:length])
+        cut = Session.load(tmp_path, "talk")
+        cut.close()
+        assert contents(cut) == before
+
+
 def test_session_file_is_private(tmp_path: Path) -> None:
     session = make_session(tmp_path / "sessions")
     assert stat.S_IMODE(session.path.stat().st_mode) == 0o600

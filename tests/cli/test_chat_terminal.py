@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from ifp_mlx.sessions import Session
+
 pytest.importorskip("pyte")
 OpenTerminal = Callable[..., AbstractContextManager[Any]]
 
@@ -149,26 +151,79 @@ def test_chat_ctrl_c_stops_the_reply_and_keeps_the_session(
     assert messages[2]["content"] == "go on"
 
 
-def test_chat_killed_loses_only_the_reply_in_flight(
-    open_chat: OpenTerminal, endless_model: Path
+def test_chat_killed_at_any_moment_loses_only_the_reply_in_flight(
+    open_chat: OpenTerminal, endless_model: Path, tmp_path: Path
 ) -> None:
-    with open_chat("--model", endless_model, "--dense", "-m", "30", "--session", "cut") as screen:
+    folder = tmp_path / "home/sessions"
+    arguments = ("--model", endless_model, "--session", "cut", "--keep-units", "64", "-m", "30")
+    with open_chat(*arguments) as screen:
         screen.wait_for_prompt()
         screen.press("hello", "Enter")
         screen.wait_for("tok/s")
-    with open_chat("--session", "cut", "-m", "100000") as screen:
+        screen.kill()  # between two turns
+
+    with open_chat("--resume") as screen:
+        screen.wait_for("continuing cut: 2 messages")
+        screen.kill()  # before the prompt
+
+    with open_chat("--resume", "-m", "100000") as screen:
         screen.wait_for_prompt()
         screen.press("second", "Enter")
         screen.wait_for("Alpha", count=4)
-        screen.kill()
-    with open_chat("--session", "cut", "-m", "3") as screen:
+        screen.kill()  # in the reply
+
+    with open_chat("--resume", "-m", "5") as screen:
         screen.wait_for_prompt()
         assert "continuing cut: 3 messages" in screen.text()
         assert "its last message was not answered; /retry answers it" in screen.text()
+        screen.press("/edit", "Enter")
+        screen.wait_for("› second", count=2)
+        screen.kill()  # while the message is being edited
+
+    with open_chat("--resume", "-m", "5") as screen:
+        screen.wait_for_prompt()
+        assert "continuing cut: 3 messages" in screen.text()
         screen.press("/retry", "Enter")
         screen.wait_for("tok/s")
-        screen.press("Ctrl-D")
-        assert screen.wait_for_end() == 0
+        screen.wait_for_prompt()
+        screen.press("/edit", "Enter")
+        screen.wait_for("› second", count=3)
+        screen.kill()  # an answered message is being edited
+
+    with open_chat("--resume") as screen:
+        screen.wait_for_prompt()
+        assert "continuing cut: 4 messages" in screen.text()
+        screen.press("/task count numbers", "Enter")
+        screen.kill()  # in the switch
+
+    with open_chat("--resume") as screen:
+        screen.wait_for_prompt()
+        assert "continuing cut: 4 messages" in screen.text()
+        screen.press("/save kept", "Enter")
+        screen.kill()  # in the renaming
+    (path,) = folder.iterdir()
+    assert path.stem in ("cut", "kept")
+
+    session = Session.load(folder, path.stem)
+    session.add_message("user", "bravo " * 20_000)  # takes seconds to read
+    session.add_message("assistant", "Read.")
+    session.close()
+    with open_chat("--resume") as screen:
+        screen.wait_for_prompt()
+        screen.press("third", "Enter")
+        while '"third"' not in path.read_text():
+            screen.wait_for("third")
+        screen.kill()  # in the prefill
+        assert "Alpha" not in screen.text().partition("› third")[2]
+
+    messages = Session.load(folder, path.stem).messages
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 3 + ["user"]
+    assert [message["content"][:6] for message in messages[::2]] == [
+        "hello",
+        "second",
+        "bravo ",
+        "third",
+    ]
 
 
 def test_chat_edit_and_retry_replace_the_last_turn(
@@ -186,8 +241,9 @@ def test_chat_edit_and_retry_replace_the_last_turn(
         assert screen.wait_for_end() == 0
     lines = (tmp_path / "home/sessions/edited.jsonl").read_text().splitlines()
     kinds = [json.loads(line)["kind"] for line in lines]
-    assert kinds == ["start", "settings", "message", "message", "drop_last", "message", "message"]
-    assert json.loads(lines[-2])["content"] == "helo world"
+    assert kinds == ["start", "settings", "message", "message", "message", "message"]
+    edited = json.loads(lines[-2])
+    assert (edited["content"], edited["replaces"]) == ("helo world", 2)
 
 
 def test_chat_ctrl_g_opens_the_users_editor(
