@@ -149,16 +149,18 @@ class Selector(Protocol):
 
 
 def select(selector: Selector, token_ids: Sequence[int], num_kept_units: int) -> Selection:
-    """Return the ``num_kept_units`` best units a layer for an instruction.
+    """Return the ``num_kept_units`` best units a layer for an instruction. Evaluates.
 
     Raises:
         SelectionError: K is out of range, or the scores hold NaN or infinity.
     """
     scores = selector.scores(token_ids)
-    if not mx.isfinite(scores).all().item():
+    indices, is_finite = top_k_indices(scores, num_kept_units), mx.isfinite(scores).all()
+    mx.eval(indices, is_finite)  # together: the host waits for the device once
+    if not is_finite.item():
         raise SelectionError(f"selector {selector.name!r} gave scores that are not finite")
     return Selection(
-        indices=top_k_indices(scores, num_kept_units),
+        indices=indices,
         num_units=int(scores.shape[-1]),
         selector=selector.name,
     )
