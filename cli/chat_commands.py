@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -81,6 +82,7 @@ class ChatCommands:
         name = {"/exit": "/bye", "/quit": "/bye", "/?": "/help"}.get(name, name)
         if name not in self.table:
             near = [known for known in self.table if known.startswith(name)]
+            near = near or difflib.get_close_matches(name, self.table, n=1)
             hint = f"did you mean {' or '.join(near)}?" if near else "/help lists them"
             raise UsageError(f"no command {name}; {hint}")
         self.table[name].run(argument.strip())
@@ -126,10 +128,10 @@ class ChatCommands:
             say(f"the line below each reply is {text}")
         elif text:
             raise UsageError("/stats shows the last reply's measurements; /stats on, /stats off")
-        elif self._chat.stats is None or self._chat.subnet is None:
+        elif self._chat.stats is None or self._chat.answered_by is None:
             say("no reply to measure yet")
         else:
-            say(full_statistics(self._chat.subnet, self._chat.stats))
+            say(full_statistics(self._chat.answered_by, self._chat.stats))
             say(context_meter(self._chat.num_context_tokens, self._chat.assistant.context_length))
 
     def _system(self, text: str) -> None:

@@ -49,6 +49,7 @@ class Chat:
         assistant: the loaded model.
         session: where every message is recorded.
         sampling: how tokens are drawn.
+        answered_by: what gave the last reply.
         subnet: what answers; None until the first message selects it.
         unanswered: a message whose reply was lost when an earlier chat was killed. The next message
             takes its place.
@@ -74,6 +75,7 @@ class Chat:
     ):
         self._model_choice = model_choice
         self._choice = subnet_choice
+        self._amount_choice = SubnetChoice()  # how much was kept before ``/dense``
         self.session = session
         self.sampling = sampling
         self.rebuilds_kv = rebuilds_kv
@@ -81,6 +83,7 @@ class Chat:
         self.num_draft_tokens = num_draft_tokens
         self.assistant: Assistant = load_assistant(model_choice, preload=subnet_choice.needs_dense)
         self.subnet: SubNetwork | None = None
+        self.answered_by: SubNetwork | None = None
         self.unanswered: str | None = None
         self._num_replaced = 0  # newest messages in the session that the next one replaces
         self._conversation: Conversation | None = None
@@ -146,6 +149,7 @@ class Chat:
         self.session.add_message("user", text, replaces=self._num_replaced)
         self.unanswered, self._num_replaced = None, 0
         num_before = len(conversation.messages)
+        self.answered_by = self.subnet
         try:
             return stream_answer(conversation.reply(text, self.sampling), write)
         finally:
@@ -186,7 +190,7 @@ class Chat:
 
     def change_task(self, task: str) -> float | None:
         """Switch to a task; return the overlap with the former sub-network."""
-        return self.change_subnetwork(dataclasses.replace(self._choice, task=task, dense=False))
+        return self.change_subnetwork(self._sparse(task))
 
     def reselect(self, message: str | None = None) -> float | None:
         """Let the recent conversation select; return the overlap with the former sub-network.
@@ -202,8 +206,7 @@ class Chat:
             recent.append(message)
         if not recent:
             raise UsageError("nothing has been said yet; /task TEXT names a task")
-        choice = dataclasses.replace(self._choice, task=None, dense=False)
-        return self.change_subnetwork(choice, "\n\n".join(recent))
+        return self.change_subnetwork(self._sparse(None), "\n\n".join(recent))
 
     def overlap_with(self, message: str) -> float | None:
         """Return how much the units that a message selects have in common with those in use.
@@ -221,10 +224,14 @@ class Chat:
 
     def use_dense(self, wanted: bool) -> None:
         """Answer with the whole model, or with the task's sub-network again."""
-        if wanted:
-            self.change_subnetwork(SubnetChoice(self.task, dense=True))
-        else:
-            self.change_subnetwork(dataclasses.replace(self._choice, dense=False))
+        former = self._sparse(self.task)
+        self.change_subnetwork(SubnetChoice(self.task, dense=True) if wanted else former)
+        self._amount_choice = former
+
+    def _sparse(self, task: str | None) -> SubnetChoice:
+        """Return the choice of a sub-network for a task, as large as the latest one."""
+        former = self._amount_choice if self._choice.dense else self._choice
+        return dataclasses.replace(former, task=task)
 
     def change_system_prompt(self, text: str | None) -> None:
         """Set or remove the system message; the conversation stays."""
@@ -238,6 +245,7 @@ class Chat:
         self.assistant = load_assistant(choice)
         self._model_choice = choice
         # Amounts are of the former model: take this one's default.
+        self._amount_choice = SubnetChoice()
         self._choice = SubnetChoice(task=self.task, dense=self._choice.dense)
         self._conversation, self.subnet = None, None
         self.change_subnetwork(self._choice)

@@ -26,10 +26,7 @@ class _PlainCode(CodeBlock):
     """Code without a background or padding, so that it can be copied from the screen."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        code = str(self.text).rstrip()
-        yield Syntax(
-            code, self.lexer_name, theme=_SYNTAX_THEME, word_wrap=True, background_color="default"
-        )
+        yield _code(str(self.text).rstrip(), self.lexer_name)
 
 
 class _LeftHeading(Heading):
@@ -44,8 +41,15 @@ class _LeftHeading(Heading):
         yield heading
 
 
+def _code(text: str, language: str) -> Syntax:
+    return Syntax(text, language, theme=_SYNTAX_THEME, word_wrap=True, background_color="default")
+
+
 class ChatMarkdown(Markdown):
-    """Rich's Markdown with plain code blocks and plain headings."""
+    """Rich's Markdown with plain code blocks and plain headings, and with lines as they are.
+
+    A model that ends a line means it: verses and code without a fence are no flowing text.
+    """
 
     elements = {  # noqa: RUF012 - the base class declares it
         **Markdown.elements,
@@ -53,6 +57,13 @@ class ChatMarkdown(Markdown):
         "code_block": _PlainCode,
         "heading_open": _LeftHeading,
     }
+
+    def __init__(self, markup: str):
+        super().__init__(markup, code_theme=_SYNTAX_THEME)
+        for token in self.parsed:
+            for child in token.children or ():
+                if child.type == "softbreak":
+                    child.type = "hardbreak"
 
 
 # Lines as the parser counts them; str.splitlines knows more kinds.
@@ -75,6 +86,14 @@ def split_blocks(text: str) -> list[str]:
 
 def _is_table(block: str) -> bool:
     return block.lstrip().startswith("|")
+
+
+def _is_unfenced_code(block: str) -> bool:
+    """Return whether Markdown would take the indentation away that a block was written with."""
+    tokens = _parser.parse(block)
+    if tokens and tokens[0].type == "paragraph_open":
+        return any(line.startswith(("  ", "\t")) for line in block.strip("\r\n").splitlines()[1:])
+    return bool(tokens) and tokens[0].type == "code_block"
 
 
 class MarkdownStream:
@@ -159,7 +178,10 @@ class MarkdownStream:
             legacy_windows=False,
             highlight=False,
         )
-        console.print(ChatMarkdown(markdown, code_theme=_SYNTAX_THEME))
+        if _is_unfenced_code(markdown):
+            console.print(_code(markdown.strip("\r\n"), "text"))
+        else:
+            console.print(ChatMarkdown(markdown))
         lines = [line.rstrip() for line in buffer.getvalue().split("\n")]
         blank = [not _ESCAPES.sub("", line).strip() for line in lines]
         while blank and blank[-1]:

@@ -71,6 +71,19 @@ def test_chat_keep_and_dense_change_the_amount(ifp: Run, word_model: Path) -> No
     assert errors.rstrip().splitlines()[-1].startswith("selected 128 of 192")
 
 
+def test_chat_dense_off_and_task_keep_the_amount(ifp: Run, word_model: Path) -> None:
+    script = "hello\n/keep 64\n/dense\n/dense\n/dense off\n/dense\n/task count\n"
+    lines = ifp("chat", "--model", word_model, stdin=script).stderr.splitlines()
+    amounts = [line for line in lines if " of 192 FFN units" in line]
+    assert all("64 of 192" in line for line in amounts[1:])
+    assert len(amounts) == 4
+
+
+def test_chat_stats_are_of_what_answered(ifp: Run, word_model: Path) -> None:
+    errors = ifp("chat", "--model", word_model, stdin="hello\n/dense\n/stats\n").stderr
+    assert "128/192 units" in errors
+
+
 def test_chat_retry_answers_the_same_message_again(
     ifp: Run, word_model: Path, words: str, home: Path
 ) -> None:
@@ -152,6 +165,7 @@ def test_chat_bye_ends_before_the_next_line(ifp: Run, word_model: Path, words: s
     [
         ("/bogus\n", "no command /bogus; /help lists them"),
         ("/s\n", "did you mean /stats or /system or /save or /sessions?"),
+        ("/rety\n", "did you mean /retry?"),
         ("/keep much\n", "/keep takes a ratio"),
         ("/keep 100\n", "nearest to 100: 64 or 128"),
         ("/dense maybe\n", "/dense off goes back"),

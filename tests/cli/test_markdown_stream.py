@@ -78,6 +78,18 @@ def test_markdown_in_pieces_looks_like_markdown_at_once(columns: int, rows: int)
     assert max(len(line) for line in at_once) < columns
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_markdown_leaves_the_lines_of_an_answer_as_they_are(seed: int) -> None:
+    text = (
+        "def __init__(self, *a):\n    self.a = 1\n    if a:\n        self.b = a\n\n"
+        "    return None\n\nx = 1\nprint(x)\n\nOld pond\na frog leaps in\n\n* an item\n  goes on\n"
+    )
+    shown = [line for line in screen_after(cut(text, seed), columns=60, rows=40) if line]
+    written = [line for line in text.splitlines() if line]
+    assert shown[:-2] == written[:-2]
+    assert [line.strip(" •") for line in shown[-2:]] == ["an item", "goes on"]
+
+
 def test_markdown_rewrites_only_lines_that_changed() -> None:
     file = io.StringIO()
     console = Console(width=80, height=40, force_terminal=True, color_system=None)
