@@ -122,6 +122,8 @@ def train(
 
     The base model stays as it is: the adapter holds what training changed.
     """
+    import mlx.core as mx
+
     from ifp_mlx.training.config import StageConfig, TrainingConfig, config_from_dict, load_config
     from ifp_mlx.training.run import load_run_config, run_training
 
@@ -171,6 +173,8 @@ def train(
         report=_show,
         evaluate=evaluation,
     )
+    if mx.distributed.init().rank():
+        return  # of several machines the first writes, and reports
     for reason, number in outcome.skipped_lines.items():
         say(f"left out {plural(number, 'line')}: {reason}")
     _draw(output, settings)
