@@ -129,6 +129,8 @@ class Chat:
     @property
     def num_context_tokens(self) -> int:
         """Tokens that the conversation takes in the context."""
+        if self.messages and self.subnet is not None:
+            return self._ready("").num_context_tokens  # of a resumed chat as well
         return self._conversation.num_context_tokens if self._conversation else 0
 
     def context_full(self, text: str) -> ContextFull | None:

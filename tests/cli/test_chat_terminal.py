@@ -108,6 +108,7 @@ def test_chat_session_from_first_word_to_resume(
         assert "continuing my-words: 8 messages" in screen.text()
         assert 'cache hit for "count numbers"' in screen.text()
         assert "› fifth line" in screen.text()
+        assert " 0/200,000" not in screen.text()  # the meter counts what was said before
         screen.press("and on", "Enter")
         screen.wait_for("tok/s")
         screen.press("/bye", "Enter")
