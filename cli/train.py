@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
     from ifp_mlx.training.run import Evaluation
 
 _HELD_OUT_EXAMPLES = 20
+_PREPARATION_LINE_S = 5.0
+_PHASES = {
+    "importance": "measuring which units each example uses",
+    "features": "reading instructions",
+    "warm start": "teaching the predictor, step",
+}
 
 
 def train(
@@ -170,7 +177,7 @@ def train(
         output,
         resume=resume,
         bits=bits,
-        report=_show,
+        report=_Progress(),
         evaluate=evaluation,
     )
     if mx.distributed.init().rank():
@@ -190,8 +197,21 @@ def _model_folder(model: str) -> Path:
     return resolve_model(model or options.DEFAULT_MODEL)
 
 
+class _Progress:
+    """Says how far the run is, one line at a time; of the preparation a line every few seconds."""
+
+    def __init__(self) -> None:
+        self._said_at = time.monotonic()
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        if "phase" not in record or "agreement" in record:
+            _show(record)
+        elif time.monotonic() - self._said_at > _PREPARATION_LINE_S:
+            self._said_at = time.monotonic()
+            say(f"{_PHASES[record['phase']]}: {record['done']} of {record['of']}")
+
+
 def _show(record: dict[str, Any]) -> None:
-    """Say how far the run is, one line at a time."""
     if "evaluation" in record:
         figures = ", ".join(f"{name} {value:.4f}" for name, value in record["evaluation"].items())
         say(f"held out: {figures}")

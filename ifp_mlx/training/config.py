@@ -89,7 +89,7 @@ class WarmStartConfig:
     Attributes:
         examples: how many training examples are measured; 0 leaves the head at the prior.
         held_out: of them, how many only measure agreement.
-        steps: regression steps.
+        steps: regression steps, fewer where they would be more than 60 passes over the examples.
         batch_size: examples a step.
         learning_rate: the peak; cosine to zero.
         description_share: how often a task description stands in for the prompt.

@@ -231,7 +231,7 @@ class _Log:
         self.last_loss = record.get("loss", self.last_loss)
         if self._file is None:
             return
-        if "step" in record:
+        if "loss" in record or "evaluation" in record:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
         self._report(record)

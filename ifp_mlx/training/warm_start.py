@@ -29,6 +29,9 @@ Progress = Callable[[dict[str, Any]], None]
 
 _COLLECT_TOKENS = 16384
 
+_MOST_PASSES = 60
+"""Regression sees no example more often than this: a small data set would be learned by heart."""
+
 
 @dataclasses.dataclass
 class WarmStart:
@@ -254,6 +257,8 @@ def _fit(
     """Fit the head to the targets, and measure agreement on the held-out ones."""
     held_out = min(config.held_out, len(start.target_ids) // 4)
     num_fitted = len(start.target_ids) - held_out
+    batch_size = min(config.batch_size, num_fitted)
+    num_steps = min(config.steps, _MOST_PASSES * -(-num_fitted // batch_size))
     targets = mx.array(start.targets)
     head = start.head
     layout = FlatLayout.of(trainable(head))
@@ -261,7 +266,7 @@ def _fit(
     optimizer = OptimizerConfig(
         learning_rate=config.learning_rate,
         final_share=0.0,
-        warmup_steps=min(50, config.steps // 4),
+        warmup_steps=min(50, num_steps // 4),
         weight_decay=0.01,
     )
 
@@ -270,22 +275,20 @@ def _fit(
         return (head(features) - targets[rows].astype(mx.float32)).square().mean()
 
     step_function = mx.value_and_grad(loss)
-    for step in range(config.steps):
-        rows = rng.integers(0, num_fitted, size=min(config.batch_size, num_fitted))
+    for step in range(num_steps):
+        rows = rng.integers(0, num_fitted, size=batch_size)
         features = start.mixed_features(
             start.target_ids[rows], examples, config.description_share, rng
         )
         value, grads = step_function(
             layout.split(state.weights), mx.array(features), mx.array(rows)
         )
-        state.update(
-            layout.flatten(grads), learning_rate_at(step, config.steps, optimizer), optimizer
-        )
+        state.update(layout.flatten(grads), learning_rate_at(step, num_steps, optimizer), optimizer)
         mx.eval(state.weights, state.first, state.second)
-        if step % 50 == 0 or step == config.steps - 1:
+        if step % 50 == 0 or step == num_steps - 1:
             if not np.isfinite(value.item()):
                 raise TrainingError(f"the warm start's loss is not a number at step {step}")
-            progress({"phase": "warm start", "step": step, "loss": value.item()})
+            progress({"phase": "warm start", "done": step, "of": num_steps, "loss": value.item()})
     layout.install(head, layout.split(state.weights))
     mx.eval(head.parameters())
     if held_out:
