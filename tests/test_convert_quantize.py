@@ -184,5 +184,7 @@ def test_convert_command_quantizes(
     expected = mx.quantize(load_model(plain)[0].layers[2].mlp.up_proj.weight, 32, 8)
     assert mx.array_equal(model.layers[2].mlp.up_proj.weight, expected[0])
     assert not (tmp_path / "out" / "plain").exists()
-    refused = CliRunner().invoke(make_app(), [*arguments, "-o", str(tmp_path / "x"), "--group-size", "32"])
+    refused = CliRunner().invoke(
+        make_app(), [*arguments, "-o", str(tmp_path / "x"), "--group-size", "32"]
+    )
     assert isinstance(refused.exception, UsageError)
