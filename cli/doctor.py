@@ -87,11 +87,13 @@ def _openblas_is_loaded() -> bool:
 
 
 def _folders() -> dict[str, Any]:
+    from ifp_mlx.compact_store import stored_bytes
     from ifp_mlx.home import home_folder, models_folder, sessions_folder, subnet_cache_folder
     from ifp_mlx.sessions import list_sessions
     from ifp_mlx.subnet_cache import SubNetCache
 
-    entries = SubNetCache(subnet_cache_folder()).entries()
+    cache = SubNetCache(subnet_cache_folder())
+    entries = cache.entries()
     existing = home_folder()
     while not existing.exists():
         existing = existing.parent
@@ -100,6 +102,7 @@ def _folders() -> dict[str, Any]:
         "subnet_cache": str(subnet_cache_folder()),
         "cached_subnetworks": len(entries),
         "cache_bytes": sum(entry.size_bytes for entry in entries),
+        "cached_weight_bytes": stored_bytes(cache.compact_folder),
         "sessions": str(sessions_folder()),
         "saved_chats": len(list_sessions(sessions_folder())),
         "free_disk_bytes": shutil.disk_usage(existing).free,
@@ -176,8 +179,9 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     for model in facts["models"]:
         lines.append(("model", _describe_model(model)))
     cached = plural(folders["cached_subnetworks"], "sub-network")
+    num_bytes = folders["cache_bytes"] + folders["cached_weight_bytes"]
     lines += [
-        ("cache", f"{cached}, {gigabytes(folders['cache_bytes'])} in {folders['subnet_cache']}"),
+        ("cache", f"{cached}, {gigabytes(num_bytes)} in {folders['subnet_cache']}"),
         ("chats", f"{folders['saved_chats']} saved in {folders['sessions']}"),
         ("disk", f"{gigabytes(folders['free_disk_bytes'])} free for {folders['models']}"),
     ]
