@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Protocol
 
-from ifp_mlx.errors import UsageError
+from ifp_mlx.cli.prompts import decode_input
 
 PROMPT, CONTINUATION = "› ", "· "
 _QUOTES = '"""'
@@ -84,10 +84,4 @@ class PlainReader:
         line = sys.stdin.buffer.readline()
         if not line:
             raise EOFError
-        try:
-            return line.decode("utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise UsageError(
-                f"standard input is not UTF-8 text (byte {error.start} of a line); convert it "
-                "first, for example with iconv -t UTF-8"
-            ) from error
+        return decode_input(line, " of a line").rstrip("\r\n")

@@ -33,12 +33,20 @@ def read_stdin() -> str:
     Raises:
         UsageError: it is no UTF-8 text.
     """
-    content = sys.stdin.buffer.read()
+    return decode_input(sys.stdin.buffer.read()).rstrip("\n")
+
+
+def decode_input(content: bytes, where: str = "") -> str:
+    """Return bytes of standard input as text; ``where`` completes the message: " of a line".
+
+    Raises:
+        UsageError: they are no UTF-8 text.
+    """
     try:
-        return content.decode("utf-8").rstrip("\n")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"standard input is not UTF-8 text (byte {error.start}); convert it first, "
+            f"standard input is not UTF-8 text (byte {error.start}{where}); convert it first, "
             "for example with iconv -t UTF-8"
         ) from error
 
