@@ -375,27 +375,7 @@ def test_trainer_needs_a_warm_start_for_masks(model: nn.Module) -> None:
         Trainer(model, _examples(), _config(mask="static"))
 
 
-_RANK_SCRIPT = """
-import json, sys
-from pathlib import Path
-from ifp_mlx.blas import prefer_openblas
-prefer_openblas()
-import mlx.core as mx
-from ifp_mlx.checkpoint import load_model
-from ifp_mlx.training.config import TrainingConfig, config_from_dict
-from ifp_mlx.training.examples import ExampleSet
-from ifp_mlx.training.trainer import Trainer
-from ifp_mlx.training.warm_start import WarmStart
-folder = Path(sys.argv[1])
-model, _ = load_model(folder / "model")
-config = config_from_dict(TrainingConfig, json.loads((folder / "config.json").read_text()))
-trainer = Trainer(
-    model, ExampleSet.load(folder / "examples"), config, WarmStart.load(folder / "warm")
-)
-weights = trainer.run().weights
-if mx.distributed.init().rank() == 0:
-    mx.save_safetensors(sys.argv[2], weights)
-"""
+_RANK_SCRIPT = Path(__file__).with_name("training_rank.py")
 
 
 def _free_port() -> int:
@@ -427,7 +407,7 @@ def test_two_processes_equal_one(
                 environment |= {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(tmp_path / "hosts.json")}
             processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-c", _RANK_SCRIPT, str(tmp_path), str(target)],
+                    [sys.executable, str(_RANK_SCRIPT), str(tmp_path), str(target)],
                     env=environment,
                     stderr=subprocess.PIPE,
                 )

@@ -1,0 +1,27 @@
+"""One process of a run over several: trains on what FOLDER holds; the first one writes TARGET."""
+
+import json
+import sys
+from pathlib import Path
+
+from ifp_mlx.blas import prefer_openblas
+
+prefer_openblas()  # before mlx is imported
+
+import mlx.core as mx  # noqa: E402
+
+from ifp_mlx.checkpoint import load_model  # noqa: E402
+from ifp_mlx.training.config import TrainingConfig, config_from_dict  # noqa: E402
+from ifp_mlx.training.examples import ExampleSet  # noqa: E402
+from ifp_mlx.training.trainer import Trainer  # noqa: E402
+from ifp_mlx.training.warm_start import WarmStart  # noqa: E402
+
+folder = Path(sys.argv[1])
+model, _ = load_model(folder / "model")
+config = config_from_dict(TrainingConfig, json.loads((folder / "config.json").read_text()))
+trainer = Trainer(
+    model, ExampleSet.load(folder / "examples"), config, WarmStart.load(folder / "warm")
+)
+weights = trainer.run().weights
+if mx.distributed.init().rank() == 0:
+    mx.save_safetensors(sys.argv[2], weights)
