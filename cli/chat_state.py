@@ -24,7 +24,8 @@ from ifp_mlx.sessions import Session, SessionSettings
 if TYPE_CHECKING:
     import mlx.nn as nn
 
-    from ifp_mlx.assistant import Assistant, SubNetwork
+    from ifp_mlx.assistant import Assistant
+    from ifp_mlx.compact_models import SubNetwork
     from ifp_mlx.conversation import Conversation, GenerationStats, SamplingOptions
     from ifp_mlx.kv_cache_file import KVCacheFile
 

@@ -27,7 +27,8 @@ from ifp_mlx.cli.writing_options import (
 from ifp_mlx.errors import UsageError
 
 if TYPE_CHECKING:
-    from ifp_mlx.assistant import Assistant, SubNetwork
+    from ifp_mlx.assistant import Assistant
+    from ifp_mlx.compact_models import SubNetwork
     from ifp_mlx.convert.model_card import MeasuredQuality
 
 GGUFType = Literal["f32", "f16", "bf16", "q8_0"]

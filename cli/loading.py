@@ -10,7 +10,8 @@ from ifp_mlx.cli.terminal import duration, say, working
 from ifp_mlx.errors import UsageError
 
 if TYPE_CHECKING:  # the command line must not load mlx before a command needs it
-    from ifp_mlx.assistant import Assistant, SubNetwork
+    from ifp_mlx.assistant import Assistant
+    from ifp_mlx.compact_models import SubNetwork
     from ifp_mlx.selection import Selection
 
 _TITLE_CHARACTERS = 60

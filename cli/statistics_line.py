@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ifp_mlx.cli.terminal import duration, gigabytes
 
 if TYPE_CHECKING:
-    from ifp_mlx.assistant import SubNetwork
+    from ifp_mlx.compact_models import SubNetwork
     from ifp_mlx.conversation import GenerationStats
 
 

@@ -22,7 +22,7 @@ from ifp_mlx.base_model import (
     total_parameters,
 )
 from ifp_mlx.calibration import Calibration
-from ifp_mlx.compact_models import CompactModels, dense_identity
+from ifp_mlx.compact_models import CompactModels, SubNetwork, dense_identity
 from ifp_mlx.compact_store import CompactStore, selection_digest
 from ifp_mlx.config import round_keep_ratio
 from ifp_mlx.errors import AdapterError, ResourceError, SelectionError, UsageError
@@ -43,46 +43,6 @@ PREDICTED_REUSE_OVERLAP = 0.85
 """Of 768 units, predicted sub-networks of paraphrases have more than this in common, those of
 different tasks less (benchmarks/task_pairs.py, with the shipped adapter). Other selectors tell
 tasks apart too little to reuse by overlap."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SubNetwork:
-    """A model ready to answer, and where it came from.
-
-    Attributes:
-        model: the compact model, or the dense one.
-        selection: the kept units; None for the dense model.
-        selector: what chose them; ``dense`` for the dense model.
-        task: the description that they were chosen for, if there was one.
-        num_kept_units: K.
-        num_units: F.
-        from_cache: the selection was read from the cache, nothing was selected.
-        reused_task: the description of another cached task whose sub-network serves this one.
-        reuse_overlap: share of kept units that the two tasks have in common.
-        selection_s: seconds to select, 0 from the cache.
-        requantization_error: relative error of quantizing columns of down projections again; 0
-            where that was not needed.
-        slicing_s: seconds to slice or load it, 0 when the compact model was still resident.
-        weights_from_disk: the compact model was stored by an earlier run, nothing was sliced.
-        active_parameters: parameters of ``model``.
-        total_parameters: parameters of the dense model.
-    """
-
-    model: nn.Module
-    selection: Selection | None
-    selector: str
-    task: str | None
-    num_kept_units: int
-    num_units: int
-    from_cache: bool = False
-    reused_task: str | None = None
-    reuse_overlap: float | None = None
-    selection_s: float = 0.0
-    slicing_s: float = 0.0
-    weights_from_disk: bool = False
-    requantization_error: float = 0.0
-    active_parameters: int = 0
-    total_parameters: int = 0
 
 
 class Assistant:

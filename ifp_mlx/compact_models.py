@@ -1,6 +1,7 @@
 """From a selection to the model that answers: from memory, from disk, or cut from the dense one."""
 
 import collections
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,46 @@ from ifp_mlx.errors import CheckpointError, ResourceError
 from ifp_mlx.selection import Selection
 
 DEFAULT_RESIDENT_BYTES = 2 * 10**9
+
+
+@dataclasses.dataclass(frozen=True)
+class SubNetwork:
+    """A model ready to answer, and where it came from.
+
+    Attributes:
+        model: the compact model, or the dense one.
+        selection: the kept units; None for the dense model.
+        selector: what chose them; ``dense`` for the dense model.
+        task: the description that they were chosen for, if there was one.
+        num_kept_units: K.
+        num_units: F.
+        from_cache: the selection was read from the cache, nothing was selected.
+        reused_task: the description of another cached task whose sub-network serves this one.
+        reuse_overlap: share of kept units that the two tasks have in common.
+        selection_s: seconds to select, 0 from the cache.
+        requantization_error: relative error of quantizing columns of down projections again; 0
+            where that was not needed.
+        slicing_s: seconds to slice or load it, 0 when the compact model was still resident.
+        weights_from_disk: the compact model was stored by an earlier run, nothing was sliced.
+        active_parameters: parameters of ``model``.
+        total_parameters: parameters of the dense model.
+    """
+
+    model: nn.Module
+    selection: Selection | None
+    selector: str
+    task: str | None
+    num_kept_units: int
+    num_units: int
+    from_cache: bool = False
+    reused_task: str | None = None
+    reuse_overlap: float | None = None
+    selection_s: float = 0.0
+    slicing_s: float = 0.0
+    weights_from_disk: bool = False
+    requantization_error: float = 0.0
+    active_parameters: int = 0
+    total_parameters: int = 0
 
 
 class CompactModels:

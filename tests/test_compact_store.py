@@ -12,8 +12,9 @@ from mlx.utils import tree_flatten
 
 from ifp_mlx import base_model, checkpoint, compact_store
 from ifp_mlx.adapter import load_adapter, save_adapter
-from ifp_mlx.assistant import Assistant, SubNetwork
+from ifp_mlx.assistant import Assistant
 from ifp_mlx.calibration import CalibrationExample, calibrate
+from ifp_mlx.compact_models import SubNetwork
 from ifp_mlx.convert.quantize import make_quantization, quantize_checkpoint
 from ifp_mlx.errors import AdapterError, ResourceError
 from ifp_mlx.predictor import PredictorHead

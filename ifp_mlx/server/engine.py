@@ -21,7 +21,8 @@ from mlx_lm.server import (
     SamplingArguments,
 )
 
-from ifp_mlx.assistant import Assistant, SubNetwork
+from ifp_mlx.assistant import Assistant
+from ifp_mlx.compact_models import SubNetwork
 from ifp_mlx.server.api_error import APIError
 from ifp_mlx.server.catalog import SubnetChoice
 from ifp_mlx.server.replies import Reply
