@@ -344,9 +344,13 @@ def test_head_gradient_is_the_mask_gradient_through_the_soft_mask(warm_folder: P
     assert slope == pytest.approx(mx.linalg.norm(flat).item(), rel=0.05)
 
 
-def test_centred_gradient_has_no_common_part() -> None:
-    gradient = centred(mx.random.normal((6, 3, 20)) + 5.0, mx.distributed.init())
-    assert mx.allclose(gradient.mean(axis=0), mx.zeros((3, 20)), atol=1e-5)
+@pytest.mark.parametrize("mean_weight", [0.0, 0.3, 1.0])
+def test_centred_gradient_keeps_a_share_of_the_common_part(mean_weight: float) -> None:
+    gradient = mx.random.normal((6, 3, 20), key=mx.random.key(0)) + 5.0
+    kept = centred(gradient, mx.distributed.init(), mean_weight)
+    common = gradient.mean(axis=0)
+    assert mx.allclose(kept.mean(axis=0), mean_weight * common, atol=1e-5)
+    assert mx.allclose(kept - kept.mean(axis=0), gradient - common, atol=1e-5)
 
 
 def test_collapse_rolls_back_then_stops(warm_folder: Path) -> None:

@@ -114,6 +114,9 @@ class JointConfig:
         eps_start: SoftTopK's temperature when joint training starts, in standard deviations.
         eps_end: the same at the end.
         anchor_weight: weight of the warm start's regression, kept as a loss.
+        mean_weight: share of the mask gradient's mean over the batch that the predictor gets, 0
+            to 1. What all inputs have in common is learned through it; at 0 the masks can only
+            move apart from each other.
         diversity_weight: weight of a loss that pushes the masks of a batch apart.
         l0_weight: weight of HardConcrete's loss on the expected number of open gates.
         max_overlap_rise: collapse alarm: how much the probe batch's overlap may rise.
@@ -127,6 +130,7 @@ class JointConfig:
     eps_start: float = 0.5
     eps_end: float = 0.1
     anchor_weight: float = 1.0
+    mean_weight: float = 0.0
     diversity_weight: float = 0.0
     l0_weight: float = 1.0
     max_overlap_rise: float = 0.05
@@ -221,6 +225,8 @@ class TrainingConfig:
             raise ConfigError("batch_tokens must hold at least one example of max_tokens")
         if not 0 <= self.joint.start_share <= 1:
             raise ConfigError("joint.start_share must be between 0 and 1")
+        if not 0 <= self.joint.mean_weight <= 1:
+            raise ConfigError("joint.mean_weight must be between 0 and 1")
         if self.distillation.teacher is not None and not self.distillation.weight:
             raise ConfigError("a teacher needs a weight: --distillation W, or distillation.weight")
         if self.optimizer.learning_rate <= 0 or self.joint.learning_rate < 0:

@@ -2,8 +2,8 @@
 
 The model's backward pass gives the gradient of the loss with respect to every sample's mask. The
 head is then trained with that gradient alone: the forward mask was hard, the gradient goes
-through a soft top-k. Three things keep the masks apart: the gradient is centred over the batch,
-so that what all samples have in common cannot drift; the warm start's regression stays as an
+through a soft top-k. Three things keep the masks apart: of the gradient's mean over the batch,
+which moves all masks alike, only a set share stays; the warm start's regression stays as an
 anchor; and the overlap of a fixed probe batch is watched.
 """
 
@@ -85,7 +85,7 @@ class PredictorTrainer:
 
         Args:
             features: (B, 2 D) of the batch.
-            mask_gradient: (B, L, F), centred over the batch already.
+            mask_gradient: (B, L, F), already centred as far as it should be.
             keep_units: K of the step.
             step: number of the step, for the noise.
             progress: share of joint training that is done, 0 to 1, for eps.
@@ -201,10 +201,13 @@ class PredictorTrainer:
         return loss + share * self.config.anchor_weight * anchor_loss, anchor_loss
 
 
-def centred(mask_gradient: mx.array, group: mx.distributed.Group) -> mx.array:
+def centred(
+    mask_gradient: mx.array, group: mx.distributed.Group, mean_weight: float = 0.0
+) -> mx.array:
     """Return a (B, L, F) mask gradient less its mean over the whole batch of all machines.
 
-    The mean would move every sample's mask alike: that drift is how masks collapse.
+    The mean moves every sample's mask alike: that drift is how masks can collapse, and how they
+    learn what all samples need. ``mean_weight`` is the share of it that stays.
     """
     mask_gradient = mask_gradient.astype(mx.float32)
     total = mask_gradient.sum(axis=0)
@@ -212,4 +215,4 @@ def centred(mask_gradient: mx.array, group: mx.distributed.Group) -> mx.array:
     if group.size() > 1:
         total = mx.distributed.all_sum(total, group=group)
         count = mx.distributed.all_sum(count, group=group)
-    return mask_gradient - total / count
+    return mask_gradient - (1.0 - mean_weight) * total / count

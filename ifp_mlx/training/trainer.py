@@ -169,9 +169,11 @@ class Trainer:
             if self._joint and self._predictor_moves():
                 assert self.predictor is not None
                 assert part_features is not None
+                if config.mask == "ifp":
+                    mask_grad = centred(mask_grad, self._group, config.joint.mean_weight)
                 share, anchor = self.predictor.step(
                     part_features,
-                    centred(mask_grad, self._group) if config.mask == "ifp" else mask_grad,
+                    mask_grad,
                     step.keep_units,
                     self.step_number,
                     self._joint_progress(),
