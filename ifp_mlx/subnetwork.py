@@ -315,8 +315,9 @@ def down_requantization_error(model: nn.Module, compact: nn.Module, selection: S
 
 def compute_dtype(model: nn.Module) -> mx.Dtype:
     """Return the floating type that a model computes in: that of its first layer's norms."""
-    arrays = [array for _, array in cast(list[tuple[str, mx.array]], tree_flatten(model.layers[0]))]
-    vectors = [a for a in arrays if a.ndim == 1 and mx.issubdtype(a.dtype, mx.floating)]
+    # Parameters alone: a scaled rotary embedding keeps a float32 vector of frequencies beside them.
+    parameters = cast(list[tuple[str, mx.array]], tree_flatten(model.layers[0].parameters()))
+    vectors = [a for _, a in parameters if a.ndim == 1 and mx.issubdtype(a.dtype, mx.floating)]
     return vectors[0].dtype
 
 

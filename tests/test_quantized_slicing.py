@@ -47,6 +47,18 @@ def relative_difference(found: mx.array, expected: mx.array) -> float:
     return float(difference.item())  # type: ignore[arg-type]
 
 
+def test_scaled_rotary_embeddings_do_not_widen_the_computation(tiny_model: ModelFactory) -> None:
+    scaling = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}
+    scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    model = tiny_model("llama", hidden_size=64, rope_scaling=scaling)
+    model.set_dtype(mx.bfloat16)
+    compact = slice_model(quantized(model, "affine", 4), select_random(64))
+    down = compact.layers[0].mlp.down_proj
+    assert down.bits == REQUANTIZED_DOWN_BITS
+    assert down.scales.dtype == mx.bfloat16
+    assert compact(TOKENS).dtype == mx.bfloat16
+
+
 @pytest.mark.parametrize("num_kept_units", [192, 64, 7])
 @QUANTIZATIONS
 def test_exact_down_equals_the_masked_quantized_model(
