@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/ifp pull smollm2-135m
 	$(BIN)/ifp generate --task "help me write Python" \
-	    "Write a Python function that checks whether a word is a palindrome." \
+	    "Write a Python function that counts the vowels in a string." \
 	    --max-tokens 200 --temp 0 --stats
 
 test: lint types imports unit

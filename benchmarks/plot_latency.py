@@ -86,7 +86,7 @@ def draw_tasks(axes: Axes) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     memory = axes.twinx()
-    memory.plot(tasks, [row["added_bytes"] / 1e9 for row in rows], "k--")
+    memory.plot(tasks, [row["num_tasks"] * row["task_bytes"] / 1e9 for row in rows], "k--")
     memory.set_ylabel("memory of all tasks, GB (dashed)")
     memory.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8)

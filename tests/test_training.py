@@ -73,6 +73,7 @@ def _examples(count: int = 60) -> ExampleSet:
 
 def _config(**changes: Any) -> TrainingConfig:
     defaults: dict[str, Any] = {
+        "predictor": "fixed",
         "keep_units": _KEEP,
         "stages": (StageConfig(1200, 0.5), StageConfig(1200, 0.1)),
         "batch_tokens": 384,

@@ -107,6 +107,8 @@ class WarmStartConfig:
 class JointConfig:
     """Training the predictor together with the model.
 
+    The defaults are those of the shipped adapter.
+
     Attributes:
         start_share: share of the steps that the predictor stays fixed.
         learning_rate: for the predictor's head, or for the scores of a static mask.
@@ -124,16 +126,16 @@ class JointConfig:
         rollbacks: how often the predictor is set back, and then fixed, before the run stops.
     """
 
-    start_share: float = 0.5
-    learning_rate: float = 1e-5
+    start_share: float = 0.0
+    learning_rate: float = 4e-4
     relaxation: Relaxation = "soft_top_k"
-    eps_start: float = 0.5
-    eps_end: float = 0.1
-    anchor_weight: float = 1.0
-    mean_weight: float = 0.0
+    eps_start: float = 0.8
+    eps_end: float = 0.3
+    anchor_weight: float = 0.05
+    mean_weight: float = 1.0
     diversity_weight: float = 0.0
     l0_weight: float = 1.0
-    max_overlap_rise: float = 0.05
+    max_overlap_rise: float = 0.15
     probe_every: int = 25
     rollbacks: int = 1
 
@@ -192,7 +194,7 @@ class TrainingConfig:
 
     model: str = ""
     mask: MaskMode = "ifp"
-    predictor: PredictorMode = "fixed"
+    predictor: PredictorMode = "joint"
     keep_units: tuple[int, ...] = (512,)
     stages: tuple[StageConfig, ...] = (StageConfig(tokens=1_000_000),)
     batch_tokens: int = 16384
