@@ -52,6 +52,7 @@ def chat(
     top_p: options.TopP = 1.0,
     top_k: options.TopK = 0,
     min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
     prompt_cache_file: options.PromptCacheFile = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the latest chat.")] = False,
@@ -119,6 +120,7 @@ def chat(
     from ifp_mlx.conversation import SamplingOptions
     from ifp_mlx.sessions import SessionSettings
 
+    sampling = SamplingOptions(max_tokens, temp, top_p, top_k, min_p, repetition_penalty, seed)
     settings = SessionSettings(model, task, keep_units, dense, system_prompt)
     session = _open_session(settings, resume, session_name, recorded=not no_save)
     if session.messages:
@@ -130,7 +132,6 @@ def chat(
             session.change_settings(
                 dataclasses.replace(session.settings, system_prompt=system_prompt)
             )
-    sampling = SamplingOptions(max_tokens, temp, top_p, top_k, min_p, seed=seed)
     with keys_kept_for_the_prompt() if is_interactive() else contextlib.nullcontext():
         conversation = Chat(
             model_choice,

@@ -59,6 +59,7 @@ def generate(
     top_p: options.TopP = 1.0,
     top_k: options.TopK = 0,
     min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
     max_kv_size: Annotated[
         int | None,
@@ -99,6 +100,10 @@ def generate(
         from ifp_mlx.kv_cache_file import check_kv_path
 
         check_kv_path(prompt_cache_file)
+
+    from ifp_mlx.conversation import Conversation, KVCacheOptions, SamplingOptions
+
+    sampling = SamplingOptions(max_tokens, temp, top_p, top_k, min_p, repetition_penalty, seed)
     text = read_prompt(prompt)
     assistant = load_assistant(
         ModelChoice(
@@ -106,10 +111,6 @@ def generate(
         ),
         preload=choice.needs_dense,
     )
-
-    from ifp_mlx.conversation import Conversation, KVCacheOptions, SamplingOptions
-
-    sampling = SamplingOptions(max_tokens, temp, top_p, top_k, min_p, seed=seed)
     kv_options = KVCacheOptions(max_kv_size, kv_bits)
     subnet = choose_subnetwork(assistant, choice, text)
     say(describe_subnetwork(subnet))

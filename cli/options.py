@@ -154,6 +154,15 @@ MinP = Annotated[
         help="Drop tokens less likely than this share of the likeliest.",
     ),
 ]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(
+        "--repetition-penalty",
+        metavar="X",
+        help="Against loops: above 1, such as 1.1, makes each of the last 20 tokens, of the prompt "
+        "as well, less likely to come again. Off if not given.",
+    ),
+]
 Seed = Annotated[
     int | None,
     typer.Option("--seed", metavar="N", help="Makes sampling repeatable."),

@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -16,6 +17,9 @@ if TYPE_CHECKING:  # mlx-lm takes seconds to import
 
 DEFAULT_DRAFT_TOKENS = 4
 """Tokens that a sub-network proposes before the dense model checks them."""
+
+PENALTY_CONTEXT_SIZE = 20
+"""Tokens that penalties look back at, of the prompt as well; mlx-lm's default."""
 
 Message = dict[str, str]
 """``{"role": "system" | "user" | "assistant", "content": text}``, as chat templates take it."""
@@ -31,7 +35,7 @@ class SamplingOptions:
         top_p: nucleus sampling; 0 or 1 turns it off.
         top_k: draw among this many; 0 turns it off.
         min_p: smallest share of the top token's probability; 0 turns it off.
-        repetition_penalty: above 1 discourages repeats; None turns it off.
+        repetition_penalty: above 1 makes the latest tokens less likely; None turns it off.
         seed: makes drawing repeatable; None draws anew each time.
     """
 
@@ -50,6 +54,9 @@ class SamplingOptions:
             raise UsageError(f"--temp must be 0 or more, not {self.temperature:g}")
         if not 0 <= self.top_p <= 1:
             raise UsageError(f"--top-p must be between 0 and 1, not {self.top_p:g}")
+        penalty = self.repetition_penalty
+        if penalty is not None and not 0 < penalty < math.inf:
+            raise UsageError(f"--repetition-penalty must be a number above 0, not {penalty:g}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +258,7 @@ class Conversation:
 
     def _stream(self, prompt_ids: list[int], sampling: SamplingOptions) -> Iterator[str]:
         from mlx_lm.generate import stream_generate
-        from mlx_lm.sample_utils import make_logits_processors, make_sampler
+        from mlx_lm.sample_utils import make_sampler
 
         if len(prompt_ids) >= self.context_length and self._kv_options.max_kv_size is None:
             raise UsageError(
@@ -283,9 +290,7 @@ class Conversation:
                 min_p=sampling.min_p,
                 top_k=sampling.top_k,
             ),
-            logits_processors=make_logits_processors(
-                repetition_penalty=sampling.repetition_penalty
-            ),
+            logits_processors=self._logits_processors(sampling, prompt_ids, num_cached),
             prompt_cache=self.kv_cache,
             kv_bits=self._kv_options.kv_bits,
             kv_group_size=self._kv_options.kv_group_size,
@@ -323,6 +328,31 @@ class Conversation:
                     ),
                     accepted_tokens=num_accepted,
                 )
+
+    def _logits_processors(
+        self, sampling: SamplingOptions, prompt_ids: list[int], num_cached: int
+    ) -> list[Callable[[mx.array, mx.array], mx.array]]:
+        """Return mlx-lm's processors for these options, none if no option needs one.
+
+        mlx-lm shows them the tokens that it was given: not what the KV cache holds already, and
+        with a draft model only the last one of the prompt. What is missing is put in front, so
+        that neither changes the words.
+        """
+        from mlx_lm.sample_utils import make_logits_processors
+
+        processors = make_logits_processors(
+            repetition_penalty=sampling.repetition_penalty,
+            repetition_context_size=PENALTY_CONTEXT_SIZE,
+        )
+        num_unseen = num_cached if self._draft_model is None else len(prompt_ids) - 1
+        unseen = mx.array(prompt_ids[:num_unseen][-PENALTY_CONTEXT_SIZE:], mx.uint32)
+
+        def with_unseen(
+            process: Callable[[mx.array, mx.array], mx.array],
+        ) -> Callable[[mx.array, mx.array], mx.array]:
+            return lambda tokens, logits: process(mx.concatenate([unseen, tokens]), logits)
+
+        return [with_unseen(process) for process in processors]
 
     def _num_drafted(self, num_own_tokens: int, *, ends_in_draft: bool) -> int:
         if self._draft_model is None:

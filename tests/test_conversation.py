@@ -1,6 +1,7 @@
 """Conversations: the KV cache changes speed, never words; nothing is lost when stopped."""
 
 import importlib
+import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import mlx.nn as nn
 import pytest
 from mlx_lm.generate import stream_generate
+from mlx_lm.sample_utils import make_logits_processors
 
 from ifp_mlx import checkpoint
 from ifp_mlx.conversation import Conversation, KVCacheOptions, SamplingOptions
@@ -15,6 +17,7 @@ from ifp_mlx.errors import UsageError
 
 Opened = tuple[nn.Module, Any]
 GREEDY = SamplingOptions(max_new_tokens=12)
+PENALIZED = SamplingOptions(max_new_tokens=12, repetition_penalty=1.3)
 
 
 @pytest.fixture
@@ -27,10 +30,10 @@ def start(opened: Opened, **options: Any) -> Conversation:
     return Conversation(opened[0], opened[1], 512, **options)
 
 
-def plain_reply(opened: Opened, messages: list[dict[str, str]]) -> str:
+def plain_reply(opened: Opened, messages: list[dict[str, str]], **options: Any) -> str:
     """What mlx-lm says to the whole conversation with an empty cache."""
     ids = opened[1].apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    return "".join(r.text for r in stream_generate(*opened, ids, max_tokens=12))
+    return "".join(r.text for r in stream_generate(*opened, ids, max_tokens=12, **options))
 
 
 def test_each_turn_says_what_mlx_lm_says_to_the_whole_conversation(opened: Opened) -> None:
@@ -39,6 +42,44 @@ def test_each_turn_says_what_mlx_lm_says_to_the_whole_conversation(opened: Opene
         messages = [*conversation.messages, {"role": "user", "content": text}]
         assert "".join(conversation.reply(text, GREEDY)) == plain_reply(opened, messages)
     assert [m["role"] for m in conversation.messages] == ["system"] + ["user", "assistant"] * 3
+
+
+def test_each_turn_is_penalized_as_the_whole_conversation_would_be(opened: Opened) -> None:
+    conversation = start(opened)
+    for text in ("hello", "?", "bye"):
+        messages = [*conversation.messages, {"role": "user", "content": text}]
+        penalized = plain_reply(
+            opened, messages, logits_processors=make_logits_processors(repetition_penalty=1.3)
+        )
+        assert "".join(conversation.reply(text, PENALIZED)) == penalized
+        assert penalized != plain_reply(opened, messages)
+
+
+def test_a_strong_penalty_lets_no_token_come_again_among_the_last_20(opened: Opened) -> None:
+    def least_distance_of_repeats(penalty: float | None) -> int:
+        """Return how far apart the closest two equal tokens are, one of them in the reply."""
+        conversation = start(opened)
+        options = SamplingOptions(max_new_tokens=60, repetition_penalty=penalty)
+        list(conversation.complete("hi", options))
+        ids = conversation.kv_token_ids
+        assert len(ids) >= 60
+        return min(j - i for j in range(2, len(ids)) for i in range(j) if ids[i] == ids[j])
+
+    assert least_distance_of_repeats(None) <= 20
+    assert least_distance_of_repeats(1e6) > 20
+
+
+def test_the_penalty_reaches_into_what_the_kv_cache_holds(opened: Opened) -> None:
+    options = SamplingOptions(max_new_tokens=6, repetition_penalty=1e6)
+    for start_of_text in range(0, 82, 6):  # some of these texts hold what would be said to them
+        text = string.printable[start_of_text : start_of_text + 18]
+        anew = "".join(start(opened).complete(text, options))
+        conversation = start(opened)
+        for read_before, least_cached in ((text[:9], 9), (text, 17)):
+            list(conversation.complete(read_before, options))
+            assert "".join(conversation.complete(text, options)) == anew
+            assert conversation.stats is not None
+            assert conversation.stats.cached_prompt_tokens >= least_cached
 
 
 def test_a_second_turn_prefills_only_what_is_new(opened: Opened) -> None:
@@ -178,6 +219,10 @@ def test_an_empty_prompt_is_refused(opened: Opened, text: str) -> None:
         ({"max_new_tokens": 0}, "--max-tokens must be at least 1"),
         ({"temperature": -1.0}, "--temp must be 0 or more"),
         ({"top_p": 1.5}, "--top-p must be between 0 and 1"),
+        ({"repetition_penalty": 0.0}, "--repetition-penalty must be a number above 0, not 0"),
+        ({"repetition_penalty": -1.5}, "--repetition-penalty must be a number above 0, not -1.5"),
+        ({"repetition_penalty": float("nan")}, "must be a number above 0, not nan"),
+        ({"repetition_penalty": float("inf")}, "must be a number above 0, not inf"),
     ],
 )
 def test_sampling_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:

@@ -1,6 +1,7 @@
 """A sub-network drafts, the dense model checks: the reply is the dense model's."""
 
 import itertools
+import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ifp_mlx.subnetwork import slice_model
 
 Parts = tuple[nn.Module, nn.Module, Any]
 GREEDY = SamplingOptions(max_new_tokens=30)
+PENALIZED = SamplingOptions(max_new_tokens=30, repetition_penalty=1.3)
 PROMPTS = ["hi", "what is 2+2?", "write a poem about the sea", "x", "def f():\n    pass"]
 
 
@@ -32,8 +34,10 @@ def parts(tiny_checkpoint: Callable[..., Path]) -> Parts:
     return dense, slice_model(dense, selection), load_tokenizer(folder)
 
 
-def replies(conversation: Conversation, prompts: list[str] = PROMPTS) -> list[str]:
-    return ["".join(conversation.reply(prompt, GREEDY)) for prompt in prompts]
+def replies(
+    conversation: Conversation, prompts: list[str] = PROMPTS, sampling: SamplingOptions = GREEDY
+) -> list[str]:
+    return ["".join(conversation.reply(prompt, sampling)) for prompt in prompts]
 
 
 def test_lossless_equals_the_dense_model_over_a_conversation(parts: Parts) -> None:
@@ -42,6 +46,25 @@ def test_lossless_equals_the_dense_model_over_a_conversation(parts: Parts) -> No
     assert replies(checked) == replies(Conversation(dense, tokenizer, 512))
     assert checked.stats is not None
     assert checked.stats.cached_prompt_tokens > 0
+
+
+def test_lossless_is_penalized_for_repetition_as_the_dense_model_is(parts: Parts) -> None:
+    dense, draft, tokenizer = parts
+    expected = replies(Conversation(dense, tokenizer, 512), PROMPTS[:3], PENALIZED)
+    for model in (draft, dense):  # one that is refused at times, one that never is
+        checked = Conversation(dense, tokenizer, 512, draft_model=model)
+        assert replies(checked, PROMPTS[:3], PENALIZED) == expected
+    assert replies(Conversation(dense, tokenizer, 512), PROMPTS[:3]) != expected
+
+
+def test_lossless_is_penalized_for_repeating_the_prompt(parts: Parts) -> None:
+    dense, draft, tokenizer = parts
+    options = SamplingOptions(max_new_tokens=12, repetition_penalty=1e6)
+    for start in range(0, 90, 18):  # some of these texts hold what would be said to them
+        text = string.printable[start : start + 18]
+        plain = Conversation(dense, tokenizer, 512).complete(text, options)
+        checked = Conversation(dense, tokenizer, 512, draft_model=draft).complete(text, options)
+        assert "".join(checked) == "".join(plain)
 
 
 @pytest.mark.parametrize("num_draft_tokens", [1, 3, 8])

@@ -23,6 +23,7 @@ from mlx_lm.server import (
 
 from ifp_mlx.assistant import Assistant
 from ifp_mlx.compact_models import SubNetwork
+from ifp_mlx.conversation import PENALTY_CONTEXT_SIZE
 from ifp_mlx.server.api_error import APIError
 from ifp_mlx.server.catalog import SubnetChoice
 from ifp_mlx.server.replies import Reply
@@ -31,7 +32,6 @@ from ifp_mlx.server.requests import GenerationRequest, Sampling
 Prepare = Callable[[], tuple[Assistant, int]]
 """Returns the assistant and how many units of each layer it keeps."""
 
-PENALTY_CONTEXT_SIZE = 20  # mlx-lm's default: penalties look at this many tokens
 MAX_KV_CACHES = 32
 
 

@@ -105,6 +105,22 @@ def test_chat_system_prompt_is_part_of_the_conversation(ifp: Run, small_model: P
     assert answer("--system-prompt", "be brief", script="/system off\nhello\n") == plain
 
 
+def test_chat_penalizes_repetition_as_generate_does(ifp: Run, small_model: Path) -> None:
+    arguments = ("--model", small_model, "--dense", "-m", "12")
+    penalty = ("--repetition-penalty", "1.3")
+    generated = ifp("generate", "hello", *arguments, *penalty)
+    talked = ifp("chat", *arguments, *penalty, stdin="hello\n")
+    assert (talked.code, talked.stdout) == (0, generated.stdout)
+    assert talked.stdout != ifp("chat", *arguments, stdin="hello\n").stdout
+
+
+def test_chat_refuses_a_penalty_that_is_none(ifp: Run, word_model: Path, home: Path) -> None:
+    outcome = ifp("chat", "--model", word_model, "--repetition-penalty", "0", stdin="hello\n")
+    assert (outcome.code, outcome.stdout) == (2, "")
+    assert outcome.stderr == "ifp: --repetition-penalty must be a number above 0, not 0\n"
+    assert not (home / "sessions").exists()
+
+
 def test_chat_model_switch_keeps_the_conversation(
     ifp: Run, word_model: Path, small_model: Path, words: str, home: Path
 ) -> None:

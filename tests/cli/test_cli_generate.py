@@ -37,6 +37,25 @@ def test_generate_equals_mlx_lm_when_everything_is_kept(
         assert outcome.stdout == f"{expected}\n"
 
 
+def test_generate_penalizes_repetition_as_mlx_lm_does(
+    ifp: Run, small_model: Path, prompts: list[str]
+) -> None:
+    from mlx_lm import generate, load
+    from mlx_lm.sample_utils import make_logits_processors
+
+    model, tokenizer = load(str(small_model))[:2]
+    for prompt in prompts[:3]:
+        messages = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        processors = make_logits_processors(repetition_penalty=1.3)
+        expected = generate(model, tokenizer, ids, max_tokens=24, logits_processors=processors)
+        arguments = ("generate", prompt, "--model", small_model, "--dense", "-m", "24")
+        assert ifp(*arguments, "--repetition-penalty", "1.3").stdout == f"{expected}\n"
+        plain = ifp(*arguments).stdout
+        assert plain != f"{expected}\n"
+        assert ifp(*arguments, "--repetition-penalty", "1").stdout == plain
+
+
 def test_generate_joins_prompt_and_piped_text(
     ifp: Run, word_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +143,9 @@ def test_generate_seed_makes_sampling_repeatable(ifp: Run, small_model: Path) ->
         (["--keep-units", "100"], 2, "nearest to 100: 64 or 128"),
         (["--keep", "0"], 2, "--keep must be above 0"),
         (["--keep", "1.5"], 2, "--keep must be above 0 and at most 1"),
+        (["--repetition-penalty", "0"], 2, "--repetition-penalty must be a number above 0, not 0"),
+        (["--repetition-penalty", "-1"], 2, "must be a number above 0, not -1"),
+        (["--repetition-penalty", "nan"], 2, "must be a number above 0, not nan"),
         (["--selector", "magic"], 2, "no selector 'magic'"),
         (["--selector", "static"], 2, "needs a calibration"),
         (["--selector", "predictor"], 2, "needs an IFP adapter"),

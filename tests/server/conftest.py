@@ -109,10 +109,11 @@ def expected(checkpoint_folder: Path) -> Callable[..., str]:
     """Return an oracle: task or None for dense, a message -> the answer, without any server."""
     assistant = Assistant.load(checkpoint_folder)
 
-    def answer(task: str | None, text: str, max_tokens: int = 16) -> str:
+    def answer(task: str | None, text: str, max_tokens: int = 16, **options: Any) -> str:
         subnet = assistant.dense()
         if task is not None:
             subnet = assistant.subnetwork_for_task(task, NUM_KEPT_UNITS)
-        return "".join(assistant.converse(subnet).reply(text, SamplingOptions(max_tokens)))
+        sampling = SamplingOptions(max_tokens, **options)
+        return "".join(assistant.converse(subnet).reply(text, sampling))
 
     return answer

@@ -129,6 +129,16 @@ def test_a_stop_string_ends_the_answer_before_it(running: Running, expected: Ora
     assert answer.usage.completion_tokens < 40
 
 
+def test_a_repetition_penalty_is_that_of_ifp_generate(running: Running, expected: Oracle) -> None:
+    text = "say it again and again"
+    wanted = expected(MAIL, text, repetition_penalty=1.3)
+    for _ in range(2):  # the second time from the KV cache
+        answer = chat(running.client(), "tiny:mail", text, extra_body={"repetition_penalty": 1.3})
+        assert answer.choices[0].message.content == wanted
+    assert answer.usage.prompt_tokens_details.cached_tokens > 0
+    assert wanted != expected(MAIL, text)
+
+
 def test_a_seed_repeats_an_answer(running: Running) -> None:
     client = running.client()
     draws = [
