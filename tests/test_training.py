@@ -31,8 +31,7 @@ from ifp_mlx.training.config import (
 )
 from ifp_mlx.training.examples import ExampleSet
 from ifp_mlx.training.masked_model import training_dtype
-from ifp_mlx.training.optimizer import AdamW
-from ifp_mlx.training.predictor_step import PredictorTrainer, centred
+from ifp_mlx.training.predictor_step import PredictorTrainer
 from ifp_mlx.training.schedule import make_batch, make_schedule
 from ifp_mlx.training.trainer import Trainer
 from ifp_mlx.training.warm_start import WarmStart, make_warm_start
@@ -343,36 +342,6 @@ def test_head_gradient_is_the_mask_gradient_through_the_soft_mask(warm_folder: P
         2 * size
     )
     assert slope == pytest.approx(mx.linalg.norm(flat).item(), rel=0.05)
-
-
-@pytest.mark.parametrize("mean_weight", [0.0, 0.3, 1.0])
-def test_centred_gradient_keeps_a_share_of_the_common_part(mean_weight: float) -> None:
-    gradient = mx.random.normal((6, 3, 20), key=mx.random.key(0)) + 5.0
-    kept = centred(gradient, mx.distributed.init(), mean_weight)
-    common = gradient.mean(axis=0)
-    assert mx.allclose(kept.mean(axis=0), mean_weight * common, atol=1e-5)
-    assert mx.allclose(kept - kept.mean(axis=0), gradient - common, atol=1e-5)
-
-
-def test_collapse_rolls_back_then_stops(warm_folder: Path) -> None:
-    start = WarmStart.load(warm_folder)
-    config = JointConfig(max_overlap_rise=0.01, rollbacks=1)
-    trainer = PredictorTrainer(start.head, None, start.features[:12], 64, config, 0)
-    good = np.array(trainer.head.expand.weight)
-
-    def collapse() -> None:
-        trainer.state = AdamW.start(trainer.state.weights * 0.0)
-        trainer.install()
-        trainer.head.prior = start.prior
-
-    collapse()
-    assert trainer.probe_overlap() == pytest.approx(1.0)
-    trainer.check_collapse(7)
-    assert trainer.frozen
-    assert np.array_equal(np.array(trainer.head.expand.weight), good)
-    collapse()
-    with pytest.raises(TrainingError, match=r"collapsed at step 9: .* rose from"):
-        trainer.check_collapse(9)
 
 
 def test_trainer_needs_a_warm_start_for_masks(model: nn.Module) -> None:
