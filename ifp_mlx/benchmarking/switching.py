@@ -1,6 +1,7 @@
 """What it costs to change the task in the middle of a session, and to keep several at hand."""
 
 import dataclasses
+import gc
 import itertools
 import tempfile
 from pathlib import Path
@@ -66,7 +67,7 @@ def measure_switching(
     """
     vocab_size = min(source.args.vocab_size, predictor.reader.args.vocab_size)
     prompt = mx.random.randint(0, vocab_size, (prompt_tokens,))
-    before = mx.get_active_memory()
+    before = _settled_memory()
     compacts: list[nn.Module] = []
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -79,8 +80,7 @@ def measure_switching(
                 selection.save(paths[-1])
                 compacts.append(started_by_layers(slice_model(source, selection)))
                 mx.eval(compacts[-1].parameters())
-            mx.clear_cache()
-            added_bytes = mx.get_active_memory() - before
+            added_bytes = _settled_memory() - before
             works = _works(source, predictor, num_kept_units, compacts, paths, prompt)
             timings = measure_in_turns(works, repeats)
             rows.append(
@@ -92,6 +92,14 @@ def measure_switching(
                 )
             )
     return rows
+
+
+def _settled_memory() -> int:
+    """Return the active memory when what earlier measurements left behind is gone."""
+    gc.collect()
+    mx.synchronize()
+    mx.clear_cache()
+    return int(mx.get_active_memory())
 
 
 def _works(
