@@ -137,7 +137,11 @@ _MODES: dict[str, dict[str, Any]] = {
         "joint": JointConfig(start_share=0.0, learning_rate=1e-2),
     },
     "fixed": {"mask": "ifp"},
-    "joint": {"mask": "ifp", "predictor": "joint", "joint": JointConfig(start_share=0.0)},
+    "joint": {
+        "mask": "ifp",
+        "predictor": "joint",
+        "joint": JointConfig(start_share=0.0, mean_weight=0.5),  # machines exchange the mean
+    },
     "hard_concrete": {
         "mask": "ifp",
         "predictor": "joint",

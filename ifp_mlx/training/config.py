@@ -117,8 +117,7 @@ class JointConfig:
         eps_end: the same at the end.
         anchor_weight: weight of the warm start's regression, kept as a loss.
         mean_weight: share of the mask gradient's mean over the batch that the predictor gets, 0
-            to 1. What all inputs have in common is learned through it; at 0 the masks can only
-            move apart from each other.
+            to 1. What all inputs need alike is learned through it; at 0 only what sets them apart.
         diversity_weight: weight of a loss that pushes the masks of a batch apart.
         l0_weight: weight of HardConcrete's loss on the expected number of open gates.
         max_overlap_rise: collapse alarm: how much the probe batch's overlap may rise.

@@ -85,7 +85,7 @@ class PredictorTrainer:
 
         Args:
             features: (B, 2 D) of the batch.
-            mask_gradient: (B, L, F), already centred as far as it should be.
+            mask_gradient: (B, L, F), as ``centred`` returns it.
             keep_units: K of the step.
             step: number of the step, for the noise.
             progress: share of joint training that is done, 0 to 1, for eps.
@@ -201,15 +201,15 @@ class PredictorTrainer:
         return loss + share * self.config.anchor_weight * anchor_loss, anchor_loss
 
 
-def centred(
-    mask_gradient: mx.array, group: mx.distributed.Group, mean_weight: float = 0.0
-) -> mx.array:
-    """Return a (B, L, F) mask gradient less its mean over the whole batch of all machines.
+def centred(mask_gradient: mx.array, group: mx.distributed.Group, mean_weight: float) -> mx.array:
+    """Return a (B, L, F) mask gradient with its mean over the whole batch of all machines reduced.
 
     The mean moves every sample's mask alike: that drift is how masks can collapse, and how they
     learn what all samples need. ``mean_weight`` is the share of it that stays.
     """
     mask_gradient = mask_gradient.astype(mx.float32)
+    if mean_weight == 1.0:
+        return mask_gradient  # the mean is not needed, nor an exchange between machines for it
     total = mask_gradient.sum(axis=0)
     count = mx.array(float(mask_gradient.shape[0]))
     if group.size() > 1:
