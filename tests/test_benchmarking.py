@@ -278,6 +278,8 @@ def test_switching_counts_the_memory_of_its_tasks() -> None:
     content = runs.run_switching(TINY, task_counts=[3, 1], prompt_tokens=5, repeats=ONCE)
     assert [row["num_tasks"] for row in content["rows"]] == [1, 3]
     assert {row["task_bytes"] for row in content["rows"]} == {3 * 3 * 64 * 64 * 4}
+    for row in content["rows"]:
+        assert row["added_bytes"] == pytest.approx(row["num_tasks"] * row["task_bytes"], rel=0.1)
 
 
 def test_shape_is_read_from_a_folder(tmp_path: Path) -> None:
