@@ -18,6 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ifp_mlx import ffn
 from ifp_mlx.benchmarking import generation, shapes
 from ifp_mlx.gather import with_unit_major_downs
 from ifp_mlx.subnetwork import slice_model
@@ -95,7 +96,7 @@ def main() -> None:
     ids = mx.array(PROMPT)
     stages: dict[str, Callable[[], Sequence[mx.array]]] = {
         "selection": lambda: [generation.select_lazily(predictor, PROMPT, NUM_KEPT_UNITS).indices],
-        "slicing": lambda: generation.ffn_arrays(slice_model(source, selection)),
+        "slicing": lambda: ffn.ffn_arrays(slice_model(source, selection)),
         "prefill": lambda: [generation.prefill(compact, ids)[0]],
     }
     for name, build in stages.items():

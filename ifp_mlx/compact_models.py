@@ -141,7 +141,9 @@ class CompactModels:
         )
 
     def _evict(self) -> None:
-        sizes = {d: sum(a.nbytes for a in _ffn_arrays(c.model)) for d, c in self._resident.items()}
+        sizes = {
+            d: sum(a.nbytes for a in ffn.ffn_arrays(c.model)) for d, c in self._resident.items()
+        }
         total_bytes = sum(sizes.values())
         while total_bytes > self._max_resident_bytes and len(self._resident) > 1:
             digest, _ = self._resident.popitem(last=False)
@@ -174,13 +176,8 @@ def dense_identity(
     }
 
 
-def _ffn_arrays(model: nn.Module) -> list[mx.array]:
-    modules = ffn.ffn_modules(model)
-    return [array for module in modules for array in ffn.named_arrays(module).values()]
-
-
 def _require_finite(model: nn.Module, path: Path) -> None:
-    floats = [a for a in _ffn_arrays(model) if mx.issubdtype(a.dtype, mx.floating)]
+    floats = [a for a in ffn.ffn_arrays(model) if mx.issubdtype(a.dtype, mx.floating)]
     sums = mx.stack([array.astype(mx.float32).sum() for array in floats])
     if not mx.isfinite(sums).all().item():
         raise CheckpointError(f"{path} has weights that are not finite; convert it again")

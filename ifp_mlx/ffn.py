@@ -88,6 +88,11 @@ def ffn_modules(model: nn.Module) -> list[nn.Module]:
     return [layer[layout.ffn] for layer in model.layers]
 
 
+def ffn_arrays(model: nn.Module) -> list[mx.array]:
+    """Return the parameters of the FFNs of an mlx-lm model: of a compact model, what is its own."""
+    return [array for ffn in ffn_modules(model) for array in named_arrays(ffn).values()]
+
+
 def num_units(model: nn.Module) -> int:
     """Return F, the number of FFN units in each layer of an mlx-lm model."""
     down = ffn_modules(model)[0][ffn_layout(model.args.model_type).down]
@@ -138,9 +143,7 @@ def clone_module(module: Any) -> Any:
     objects, so the copy costs no memory.
     """
     if isinstance(module, nn.Module):
-        copy = type(module).__new__(type(module))
-        copy.__dict__.update(module.__dict__)
-        dict.update(copy, module)  # nn.Module means something else by ``update``
+        copy = _copy_module(module)
         for name, child in module.items():
             if isinstance(child, dict | list):  # a module is a dict
                 dict.__setitem__(copy, name, clone_module(child))
@@ -150,6 +153,34 @@ def clone_module(module: Any) -> Any:
     if isinstance(module, dict):
         return {name: clone_module(child) for name, child in module.items()}
     return module
+
+
+def with_own_ffns(model: nn.Module) -> nn.Module:
+    """Return a copy of an mlx-lm model whose FFN modules can be filled anew.
+
+    New are the FFN modules and what leads to them; attention, norms and all other modules are
+    the original's own, so nothing but FFNs may be changed in the copy. That makes it a tenth of
+    the work of ``clone_module``, which counts where a sub-network is cut for each prompt.
+    """
+    layout = ffn_layout(model.args.model_type)
+    copy = parent = _copy_module(model)
+    *path, layers_name = layout.layers_path.split(".")
+    for name in path:
+        parent[name] = _copy_module(parent[name])
+        parent = parent[name]
+    layers = [_copy_module(layer) for layer in parent[layers_name]]
+    for layer in layers:
+        layer[layout.ffn] = _copy_module(layer[layout.ffn])
+    parent[layers_name] = layers
+    return copy
+
+
+def _copy_module(module: nn.Module) -> nn.Module:
+    """Return a module of its own with the same children and arrays."""
+    copy: nn.Module = type(module).__new__(type(module))
+    copy.__dict__.update(module.__dict__)
+    dict.update(copy, module)  # nn.Module means something else by ``update``
+    return copy
 
 
 class MaskedDown(nn.Module):

@@ -28,10 +28,9 @@ def instruction_window(token_ids: Sequence[int]) -> list[int]:
     """
     if not len(token_ids):
         raise UsageError("the predictor needs an instruction of at least one token")
-    ids = [int(token) for token in token_ids]
-    if len(ids) <= HEAD_TOKENS + TAIL_TOKENS:
-        return ids
-    return ids[:HEAD_TOKENS] + ids[-TAIL_TOKENS:]
+    if len(token_ids) > HEAD_TOKENS + TAIL_TOKENS:
+        token_ids = [*token_ids[:HEAD_TOKENS], *token_ids[-TAIL_TOKENS:]]
+    return [int(token) for token in token_ids]
 
 
 def pad_right(sequences: Sequence[Sequence[int]], width: int = 0) -> tuple[mx.array, mx.array]:

@@ -154,8 +154,8 @@ def slice_model(
 
 
 def compact_skeleton(model: nn.Module, selection: Selection) -> nn.Module:
-    """Return a copy of ``model``, sharing its arrays, that says it has K units a layer."""
-    compact: nn.Module = ffn.clone_module(model)
+    """Return a copy of ``model``, sharing all but its FFN modules, that says it has K units."""
+    compact = ffn.with_own_ffns(model)
     # gpt2 has no such field: its width is 4 * n_embd, and nothing but the weights holds it.
     if dataclasses.is_dataclass(model.args) and hasattr(model.args, "intermediate_size"):
         compact.args = dataclasses.replace(

@@ -11,7 +11,6 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from ifp_mlx import ffn
-from ifp_mlx.benchmarking.shapes import arrays_of
 from ifp_mlx.masking import top_k_indices
 from ifp_mlx.predictor import SparsityPredictor
 from ifp_mlx.selection import Selection
@@ -99,12 +98,6 @@ def started_by_layers(model: nn.Module) -> nn.Module:
     started: nn.Module = ffn.clone_module(model)
     _start_by_layers(started)
     return started
-
-
-def ffn_arrays(model: nn.Module) -> list[mx.array]:
-    """Return the arrays of a model's FFNs: what slicing makes."""
-    modules = ffn.ffn_modules(model)
-    return [array for module in modules for array in arrays_of(module)]
 
 
 def repeat_kv_cache(kv_cache: Sequence[KVCache], num_samples: int) -> list[KVCache]:

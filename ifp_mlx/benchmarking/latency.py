@@ -9,10 +9,10 @@ import dataclasses
 import mlx.core as mx
 import mlx.nn as nn
 
+from ifp_mlx import ffn
 from ifp_mlx.benchmarking.generation import (
     decode,
     decode_with_mlx_lm,
-    ffn_arrays,
     first_token,
     first_token_of,
     prefill,
@@ -155,7 +155,7 @@ def measure_latency(
             "selection": lambda: (
                 select_lazily(predictor, prompt_ids, subjects.num_kept_units).indices
             ),
-            "loading": lambda: ffn_arrays(slice_model(subjects.source, selection)),
+            "loading": lambda: ffn.ffn_modules(slice_model(subjects.source, selection)),
         }
         predictor_bytes = num_bytes(predictor.reader) + num_bytes(predictor.head)
         resident |= {

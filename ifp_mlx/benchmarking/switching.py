@@ -9,8 +9,8 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
+from ifp_mlx import ffn
 from ifp_mlx.benchmarking.generation import (
-    ffn_arrays,
     first_token,
     first_token_of,
     prefill,
@@ -88,7 +88,7 @@ def measure_switching(
                     num_tasks=count,
                     **timings,
                     added_bytes=added_bytes,
-                    task_bytes=sum(array.nbytes for array in ffn_arrays(compacts[0])),
+                    task_bytes=sum(array.nbytes for array in ffn.ffn_arrays(compacts[0])),
                 )
             )
     return rows
