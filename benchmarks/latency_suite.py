@@ -32,7 +32,7 @@ PAPER = (Workload(4096), Workload(2048))
 GROWTH = tuple(Workload(tokens, new_tokens=0) for tokens in (512, 1024, 8192))
 
 
-def latency(options: ModelOptions, workloads: tuple[Workload, ...], decode_repeats: int = 3) -> Job:
+def latency(options: ModelOptions, workloads: tuple[Workload, ...], decode_repeats: int = 5) -> Job:
     """Return a job that measures latency and saves after each workload."""
 
     def job(repeats: int, path: Path) -> dict[str, Any]:
@@ -90,16 +90,14 @@ JOBS: dict[str, Job] = {
     "slicing-8b-4bit": slicing(options("llama-3.1-8b", 4)),
     "switch-8b-bf16": switching(options("llama-3.1-8b"), (1, 2, 5, 10, 20)),
     "wide-bf16": latency(
-        options("wide-8-layers"), (Workload(2048, 50), Workload(2048, 50, num_samples=1)), 2
+        options("wide-4-layers"), (Workload(2048, 50), Workload(2048, 50, num_samples=1))
     ),
     "8b-bf16-units": latency(
-        options("llama-3.1-8b", num_kept_units=K_SWEEP), (Workload(4096, 16),), 2
+        options("llama-3.1-8b", num_kept_units=K_SWEEP), (Workload(4096, 16),), 3
     ),
-    "moe-bf16": latency(options("qwen1.5-moe-a2.7b"), PAPER, 2),
-    "8b-bf16-one-sample": latency(
-        options("llama-3.1-8b"), (Workload(2048, 100, num_samples=1),), 2
-    ),
-    "8b-bf16-as-loaded": latency(options("llama-3.1-8b", unit_major=False), (Workload(4096),), 2),
+    "moe-bf16": latency(options("qwen1.5-moe-a2.7b"), PAPER),
+    "8b-bf16-one-sample": latency(options("llama-3.1-8b"), (Workload(2048, 100, num_samples=1),)),
+    "8b-bf16-as-loaded": latency(options("llama-3.1-8b", unit_major=False), (Workload(4096, 0),)),
     "slicing-9b-bf16": slicing(options("paper-9b")),
     "8b-bf16-small-predictor": latency(
         options("llama-3.1-8b", predictor="smollm2-135m"), (Workload(4096, 0),)

@@ -1,5 +1,6 @@
 """What the benchmarks time is the real thing. Correctness only: no time is ever asserted."""
 
+import dataclasses
 import gc
 import json
 import weakref
@@ -267,11 +268,29 @@ def test_latency_of_a_mixture_of_experts_has_one_row(tmp_path: Path) -> None:
     assert row["bandwidth_share"] is None
 
 
-def test_slicing_reports_every_way() -> None:
-    content = runs.run_slicing(TINY, repeats=ONCE)
+def test_a_run_bounds_what_freed_arrays_hold_and_then_lifts_the_bound() -> None:
+    limits = []
+
+    def look(_: dict[str, Any]) -> None:
+        limits.append(mx.set_cache_limit(0))
+        mx.set_cache_limit(limits[-1])
+
+    before = mx.set_cache_limit(10**15)
+    try:
+        runs.run_latency(TINY, [Workload(4, 0)], repeats=ONCE, decode_repeats=1, on_part=look)
+        look({})
+    finally:
+        mx.set_cache_limit(before)
+    assert limits == [runs.CACHE_BYTES, 10**15]
+
+
+@pytest.mark.parametrize("num_kept_units", [64, 63])
+def test_slicing_reports_every_way(num_kept_units: int) -> None:
+    options = dataclasses.replace(TINY, num_kept_units=(num_kept_units,), dtype="float16")
+    content = runs.run_slicing(options, repeats=ONCE)
     rows = content["rows"]
     assert len(rows) == 8
-    assert {row["num_bytes"] for row in rows} == {3 * 3 * 64 * 64 * 4}
+    assert {row["num_bytes"] for row in rows} == {3 * 3 * 64 * num_kept_units * 2}
 
 
 def test_switching_counts_the_memory_of_its_tasks() -> None:

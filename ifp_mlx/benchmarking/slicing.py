@@ -245,4 +245,9 @@ def _joined_layers(draw: Callable[[], mx.array], num_layers: int) -> mx.array:
 
 def _words(array: mx.array) -> mx.array:
     """Return an array's bytes as one row of 32-bit words, for copying."""
-    return mx.contiguous(array).reshape(-1).view(mx.uint32)
+    whole = mx.contiguous(array)
+    if whole.shape[-1] * whole.dtype.size % mx.uint32.size:
+        return whole.reshape(-1).view(mx.uint32)
+    # Words first: mlx counts the elements of an axis in 32 bits, and all layers of a model in one
+    # array have more.
+    return whole.view(mx.uint32).reshape(-1)
