@@ -102,6 +102,26 @@ def test_layers_started_early_compute_the_same(dense, monkeypatch) -> None:
     assert kv_cache[0].offset == len(PROMPT)
 
 
+def test_the_host_stays_a_few_layers_ahead_of_the_device(monkeypatch) -> None:
+    config = {**shapes.SHAPES["tiny"].config, "num_hidden_layers": 10}
+    model = shapes.build_model(config, mx.float32)
+    monkeypatch.setattr(generation, "LAYERS_AT_ONCE", 2)
+    started = generation.started_by_layers(model)
+    ahead, pieces, done = [], [], []
+
+    def start(hidden: mx.array) -> None:
+        pieces.append(hidden)
+        ahead.append(len(pieces) - len(done))
+
+    monkeypatch.setattr(mx, "async_eval", start)
+    monkeypatch.setattr(mx, "eval", done.append)
+    generation.prefill(started, mx.array(PROMPT))
+    assert ahead == [1, 2, 3, 3]  # the last two layers start with the result
+    assert [id(hidden) for hidden in done] == [id(hidden) for hidden in pieces[:2]]
+    generation.prefill(started, mx.array(PROMPT))
+    assert len(pieces) == 8
+
+
 def test_first_token_slices_each_layer_as_the_prefill_comes_to_it(
     dense, predictor, monkeypatch
 ) -> None:

@@ -1,5 +1,6 @@
 """Prefill once, then several samples of the one prompt: the pieces that the benchmarks time."""
 
+import collections
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
@@ -22,6 +23,10 @@ PREFILL_STEP_SIZE = 8192
 
 LAYERS_AT_ONCE = 4
 """Layers of a prefill that are built before the device starts on them."""
+
+PIECES_AHEAD = 2
+"""How many such pieces the host starts ahead of the device. Each holds its activations until it is
+done: of a long prompt, all layers at once would hold more than the model's weights."""
 
 
 class ChosenUnits(Selection):
@@ -92,7 +97,7 @@ def first_token_of(
 def started_by_layers(model: nn.Module) -> nn.Module:
     """Return a copy of ``model``, sharing its arrays, for prefills.
 
-    The device starts on its first layers while the host still builds the others; what is computed
+    The device starts on its first layers while the host still builds the next; what is computed
     is the same.
     """
     started: nn.Module = ffn.clone_module(model)
@@ -160,17 +165,38 @@ def decode_with_mlx_lm(
 
 
 def _start_by_layers(model: nn.Module, before_layer: Callable[[], Any] = lambda: None) -> None:
-    """Start each few layers of ``model`` as soon as they are built; changes it in place.
+    """Start each few layers of ``model`` when they are built; changes it in place.
 
     Args:
         model: an mlx-lm model that calls its layers in order.
         before_layer: called before each call of a layer.
     """
-    for index, layer in enumerate(model.layers):
+    pace = _Pace(len(model.layers))
+    for layer in model.layers:
         layer._before_layer = before_layer
-        layer._starts = (index + 1) % LAYERS_AT_ONCE == 0
+        layer._pace = pace
         layer_class: Any = type(layer)
         layer.__class__ = _started_class(layer_class)
+
+
+class _Pace:
+    """Keeps the device busy and the host no further ahead of it than ``PIECES_AHEAD``."""
+
+    def __init__(self, num_layers: int):
+        self._num_layers = num_layers
+        self._num_built = 0
+        self._pieces: collections.deque[mx.array] = collections.deque()
+
+    def after_layer(self, hidden: mx.array) -> None:
+        self._num_built += 1
+        if self._num_built == self._num_layers:  # of this pass; what is left starts with its result
+            self._num_built = 0
+            self._pieces.clear()
+        elif self._num_built % LAYERS_AT_ONCE == 0:
+            mx.async_eval(hidden)
+            self._pieces.append(hidden)
+            if len(self._pieces) > PIECES_AHEAD:
+                mx.eval(self._pieces.popleft())
 
 
 @functools.cache
@@ -178,8 +204,7 @@ def _started_class(layer_class: type[nn.Module]) -> type[nn.Module]:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         self._before_layer()
         output = layer_class.__call__(self, *args, **kwargs)
-        if self._starts:
-            mx.async_eval(output)
+        self._pace.after_layer(output)
         return output
 
     return type(f"Started{layer_class.__name__}", (layer_class,), {"__call__": call})

@@ -40,11 +40,6 @@ CACHE_BYTES = 8 * 10**9
 """Most that freed arrays may hold on to. The rows of a run free arrays of many sizes; kept without
 a limit they fill an accelerator's memory, in pieces that no large array fits in."""
 
-# Of mlx's own limit, at which it waits for the device. All layers of a long prompt are on their way
-# before the device has done the first ones, tens of GB of them: what is beyond mlx's count, kernels
-# and pieces too small for an array, needs more room than it leaves.
-_CUDA_MEMORY_SHARE = 0.85
-
 Document = dict[str, Any]
 OnPart = Callable[[Document], Any]
 
@@ -81,20 +76,16 @@ class ModelOptions:
 
 
 @contextlib.contextmanager
-def _bounded_memory() -> Iterator[None]:
-    cache_limit = mx.set_cache_limit(CACHE_BYTES)
-    mx.set_cache_limit(min(CACHE_BYTES, cache_limit))
-    memory_limit = mx.set_memory_limit(2**62)
-    share = _CUDA_MEMORY_SHARE if mx.cuda.is_available() else 1
-    mx.set_memory_limit(int(share * memory_limit))
+def _bounded_cache() -> Iterator[None]:
+    previous = mx.set_cache_limit(CACHE_BYTES)
+    mx.set_cache_limit(min(CACHE_BYTES, previous))
     try:
         yield
     finally:
-        mx.set_cache_limit(cache_limit)
-        mx.set_memory_limit(memory_limit)
+        mx.set_cache_limit(previous)
 
 
-@_bounded_memory()
+@_bounded_cache()
 def run_latency(
     options: ModelOptions,
     workloads: Sequence[Workload],
@@ -151,7 +142,7 @@ def run_latency(
     return content
 
 
-@_bounded_memory()
+@_bounded_cache()
 def run_slicing(options: ModelOptions, *, repeats: Repeats) -> Document:
     """Return the time of every way to gather units. Evaluates.
 
@@ -165,7 +156,7 @@ def run_slicing(options: ModelOptions, *, repeats: Repeats) -> Document:
     return document("slicing", facts, rows)
 
 
-@_bounded_memory()
+@_bounded_cache()
 def run_switching(
     options: ModelOptions, *, task_counts: Sequence[int], prompt_tokens: int, repeats: Repeats
 ) -> Document:
