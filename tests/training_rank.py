@@ -19,9 +19,10 @@ from ifp_mlx.training.warm_start import WarmStart  # noqa: E402
 folder = Path(sys.argv[1])
 model, _ = load_model(folder / "model")
 config = config_from_dict(TrainingConfig, json.loads((folder / "config.json").read_text()))
-trainer = Trainer(
-    model, ExampleSet.load(folder / "examples"), config, WarmStart.load(folder / "warm")
-)
-weights = trainer.run().weights
-if mx.distributed.init().rank() == 0:
+warm_start = WarmStart.load(folder / "warm")
+rank = mx.distributed.init().rank()
+if rank > 0:  # what another process made is not used
+    warm_start.head.project.weight = -warm_start.head.project.weight
+weights = Trainer(model, ExampleSet.load(folder / "examples"), config, warm_start).run().weights
+if rank == 0:
     mx.save_safetensors(sys.argv[2], weights)

@@ -94,7 +94,7 @@ class Trainer:
         self._pending: dict[str, Any] | None = None
         if config.mask != "none":
             assert warm_start is not None
-            self.predictor = self._make_predictor(warm_start)
+            self.predictor = self._make_predictor(warm_start.of_first_process(self._group))
 
     def run(self, *, resume: bool = False) -> TrainedModel:
         """Train to the end, or from the last checkpoint on, and return the result. Evaluates.
