@@ -1,7 +1,8 @@
 """Whole benchmark runs: from names of shapes to one document of results."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ SEED = 7
 
 # Far more than any cache holds, little beside the models; a CPU needs less to settle.
 _COPY_BYTES = {"cuda": 2 * 10**9, "metal": 10**9, "cpu": 10**8}
+
+CACHE_BYTES = 8 * 10**9
+"""Most that freed arrays may hold on to. The rows of a run free arrays of many sizes; kept without
+a limit they fill an accelerator's memory, in pieces that no large array fits in."""
 
 Document = dict[str, Any]
 OnPart = Callable[[Document], Any]
@@ -70,6 +75,17 @@ class ModelOptions:
             raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, not {self.dtype}")
 
 
+@contextlib.contextmanager
+def _bounded_cache() -> Iterator[None]:
+    previous = mx.set_cache_limit(CACHE_BYTES)
+    mx.set_cache_limit(min(CACHE_BYTES, previous))
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(previous)
+
+
+@_bounded_cache()
 def run_latency(
     options: ModelOptions,
     workloads: Sequence[Workload],
@@ -94,7 +110,7 @@ def run_latency(
     shapes = _shapes(options)
     dense, options = _load_or_build(options, shapes[0])
     facts = _facts(options, repeats)
-    bandwidth = copy_bandwidth(_COPY_BYTES[facts["machine"]["backend"]], Repeats(9))
+    bandwidth = copy_bandwidth(_COPY_BYTES[facts["machine"]["backend"]], Repeats(9, 3))
     facts |= {"decode_repeats": decode_repeats, "copy_bytes_per_s": bandwidth}
     source = _source_model(options, dense)
     rows: list[Row] = []
@@ -121,10 +137,12 @@ def run_latency(
             )
             content = document("latency", facts, rows)
             on_part(content)
+            mx.clear_cache()
         del subjects  # before the next small model is built
     return content
 
 
+@_bounded_cache()
 def run_slicing(options: ModelOptions, *, repeats: Repeats) -> Document:
     """Return the time of every way to gather units. Evaluates.
 
@@ -138,6 +156,7 @@ def run_slicing(options: ModelOptions, *, repeats: Repeats) -> Document:
     return document("slicing", facts, rows)
 
 
+@_bounded_cache()
 def run_switching(
     options: ModelOptions, *, task_counts: Sequence[int], prompt_tokens: int, repeats: Repeats
 ) -> Document:

@@ -41,10 +41,10 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Repeats:
-    """How often work is done: in each of ``counted`` turns, once after ``warmups`` unwatched."""
+    """How often work is done: ``warmups`` times unwatched, then ``counted`` times."""
 
     counted: int = 5
-    warmups: int = 1
+    warmups: int = 2
 
 
 def measure(work: Work) -> tuple[float, Any]:
@@ -60,16 +60,14 @@ def measure(work: Work) -> tuple[float, Any]:
 def measure_in_turns(works: Mapping[str, Work], repeats: Repeats) -> dict[str, Timing]:
     """Return the timing of each piece of work.
 
-    They take turns, so that a machine that slows down slows all of them. What one has freed is
-    gone before the next begins: it would fill an accelerator's memory with arrays of other sizes.
+    They take turns within each repeat, so that a machine that slows down slows all of them.
     """
     seconds: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats.counted):
+    for turn in range(repeats.warmups + repeats.counted):
         for name, work in works.items():
-            mx.clear_cache()
-            for _ in range(repeats.warmups):
-                measure(work)
-            seconds[name].append(measure(work)[0])  # keeping the result would keep its memory
+            took = measure(work)[0]  # keeping the result would keep its memory
+            if turn >= repeats.warmups:
+                seconds[name].append(took)
     return {name: Timing.of(values) for name, values in seconds.items()}
 
 
