@@ -19,7 +19,7 @@ ShapeName = Annotated[
     typer.Option(
         "--shape",
         metavar="NAME",
-        help="llama-3.1-8b, paper-9b, smollm2-135m, wide-3-layers, qwen1.5-moe-a2.7b, tiny, "
+        help="llama-3.1-8b, paper-9b, smollm2-135m, wide-8-layers, qwen1.5-moe-a2.7b, tiny, "
         "or a config.json; the weights are random.",
     ),
 ]

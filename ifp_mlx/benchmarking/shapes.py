@@ -113,20 +113,20 @@ SHAPES = {
             ),
             1024,
         ),
-        # Three layers as wide as those of Llama-3.1-405B: weights that take longer to read than
+        # Eight layers as wide as those of Llama-3.1-70B: weights that take longer to read than
         # their kernels take to launch, on a fast accelerator too.
         Shape(
-            "wide-3-layers",
+            "wide-8-layers",
             _llama(
-                hidden_size=16384,
-                intermediate_size=53248,
-                num_hidden_layers=3,
-                num_attention_heads=128,
+                hidden_size=8192,
+                intermediate_size=28672,
+                num_hidden_layers=8,
+                num_attention_heads=64,
                 num_key_value_heads=8,
                 head_dim=128,
                 vocab_size=32000,
             ),
-            13312,
+            7168,
         ),
         Shape(
             "qwen1.5-moe-a2.7b",
