@@ -89,7 +89,7 @@ def draw_tasks(axes: Axes) -> None:
     memory.plot(tasks, [row["num_tasks"] * row["task_bytes"] / 1e9 for row in rows], "k--")
     memory.set_ylabel("memory of all tasks, GB (dashed)")
     memory.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
     axes.set_title("tasks")
 
 
