@@ -37,8 +37,8 @@ SEED = 7
 _COPY_BYTES = {"cuda": 2 * 10**9, "metal": 10**9, "cpu": 10**8}
 
 CACHE_BYTES = 8 * 10**9
-"""Most that freed arrays may hold on to. The rows of a run free arrays of many sizes; kept without
-a limit they fill an accelerator's memory, in pieces that no large array fits in."""
+"""Most that freed arrays may hold on to: the rows of a run free arrays of many sizes, few of which
+another row has a use for."""
 
 Document = dict[str, Any]
 OnPart = Callable[[Document], Any]
