@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,6 +20,7 @@ from ifp_mlx.cli.loading import (
     title,
 )
 from ifp_mlx.cli.terminal import answer_console, gigabytes, plural, print_json, say
+from ifp_mlx.errors import UsageError
 
 if TYPE_CHECKING:
     from ifp_mlx.subnet_cache import CacheEntry, SubNetCache
@@ -100,6 +103,8 @@ def show(name: Name, as_json: options.AsJson = False) -> None:
     facts.add_row("key", entry.path.stem)
     facts.add_row("units", f"{entry.key.num_kept_units} of {entry.num_units} in each layer")
     facts.add_row("selector", f"{entry.key.selector} (version {entry.key.selector_version})")
+    if entry.num_examples:
+        facts.add_row("read", f"the description and {plural(entry.num_examples, 'example')}")
     facts.add_row("model", entry.model_name)
     if entry.requantization_error:
         facts.add_row("down", f"quantized again at 8 bits, error {entry.requantization_error:.2%}")
@@ -124,14 +129,27 @@ def add(
     task: Annotated[str, typer.Argument(help="The task description.")],
     keep: options.Keep = None,
     keep_units: options.KeepUnits = None,
+    examples: Annotated[
+        Path | None,
+        typer.Option(
+            "--examples",
+            metavar="FILE",
+            help="Inputs of the task, which select along with the description: a request a line, "
+            'or a .jsonl file of {"prompt": ...}.',
+        ),
+    ] = None,
     selector: options.Selector = "auto",
     model: options.Model = options.DEFAULT_MODEL,
     adapter: options.Adapter = None,
     no_adapter: options.NoAdapter = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Select a sub-network for a task now, so that the first chat about it starts faster."""
-    choice = SubnetChoice(task, keep, keep_units)
+    """Select a sub-network for a task now, so that the first chat about it starts faster.
+
+    With --examples it is selected anew, and better, and replaces the one that is cached.
+    """
+    inputs = () if examples is None else _read_examples(examples)
+    choice = SubnetChoice(task, keep, keep_units, examples=inputs)
     assistant = load_assistant(ModelChoice(model, adapter, no_adapter, selector))
     subnet = choose_subnetwork(assistant, choice, task)
     if as_json:
@@ -213,6 +231,28 @@ def path(as_json: options.AsJson = False) -> None:
         typer.echo(folder)
 
 
+def _read_examples(path: Path) -> tuple[str, ...]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read the examples in {path}: {error}") from error
+    examples = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if path.suffix == ".jsonl":
+            try:
+                line = json.loads(line)["prompt"]
+            except (ValueError, KeyError, TypeError):
+                line = ""
+            if not isinstance(line, str) or not line.strip():
+                raise UsageError(f'{path}:{number}: no JSON object with a "prompt"; fix the line')
+        examples.append(line)
+    if not examples:
+        raise UsageError(f"{path} holds no example; write a request of the task on each line")
+    return tuple(examples)
+
+
 def _open_cache() -> SubNetCache:
     from ifp_mlx.home import subnet_cache_folder
     from ifp_mlx.subnet_cache import SubNetCache
@@ -250,6 +290,7 @@ def _record(entry: CacheEntry) -> dict[str, Any]:
         "last_used": _iso(entry.last_used_s),
         "size_bytes": entry.size_bytes,
         "requantization_error": entry.requantization_error,
+        "num_examples": entry.num_examples,
         "path": str(entry.path),
     }
 

@@ -40,6 +40,7 @@ class SubnetChoice:
     keep: float | None = None
     keep_units: int | None = None
     dense: bool = False
+    examples: tuple[str, ...] = ()
 
     @property
     def needs_dense(self) -> bool:
@@ -115,7 +116,7 @@ def choose_subnetwork(assistant: Assistant, choice: SubnetChoice, first_message:
     kept = num_kept_units(assistant, choice)
     with working("preparing the sub-network"):
         if choice.task is not None:
-            return assistant.subnetwork_for_task(choice.task, kept)
+            return assistant.subnetwork_for_task(choice.task, kept, choice.examples)
         return assistant.subnetwork_for_prompt(first_message, kept)
 
 

@@ -31,10 +31,12 @@ def list_files() -> str:
     lines = ["```"]
     for folder in FOLDERS:
         package = ROOT / folder / "__init__.py"
-        lines.append(f"{folder}/".ljust(24) + (first_line(package) if package.exists() else ""))
+        lines.append(
+            f"{folder}/".ljust(23) + " " + (first_line(package) if package.exists() else "")
+        )
         for path in sorted((ROOT / folder).glob("*.py")):
             if path.name != "__init__.py":
-                lines.append(f"  {path.name}".ljust(24) + first_line(path))
+                lines.append(f"  {path.name}".ljust(23) + " " + first_line(path))
     lines.append("```\n")
     return "\n".join(line.rstrip() for line in lines)
 

@@ -259,11 +259,19 @@ class Assistant:
             total_parameters=parameters,
         )
 
-    def subnetwork_for_task(self, task: str, num_kept_units: int) -> SubNetwork:
+    def subnetwork_for_task(
+        self, task: str, num_kept_units: int, examples: Sequence[str] = ()
+    ) -> SubNetwork:
         """Return the sub-network for a task description, from the cache if it is there. Evaluates.
 
+        Args:
+            task: the description.
+            num_kept_units: K.
+            examples: inputs of the task. With any, it is selected anew from both, and what is
+                cached for the description is replaced.
+
         Raises:
-            UsageError: the description is empty.
+            UsageError: the description or an example is empty or too long.
             SelectionError: K is out of range.
         """
         if not task.strip():
@@ -271,19 +279,21 @@ class Assistant:
         if num_kept_units == self.num_units:
             return dataclasses.replace(self.dense(), task=task)
         if self.cache is None:
-            selection, selection_s = self._select(task, num_kept_units)
+            selection, selection_s = self._select(task, num_kept_units, examples)
             return self._cut(selection, task=task, selection_s=selection_s)
         key = self.cache_key(task, num_kept_units)
-        cached = self.cache.get(key)
+        cached = None if examples else self.cache.get(key)
         if cached is not None:
             return self._cut_cached(key, cached, from_cache=True)
         with self.cache.lock(key):
-            cached = self.cache.get(key)  # another process may have been faster
+            cached = None if examples else self.cache.get(key)  # another process may be faster
             if cached is not None:
                 return self._cut_cached(key, cached, from_cache=True)
-            selection, selection_s = self._select(task, num_kept_units)
-            reused = self._reuse_threshold and self.cache.find_overlapping(
-                key, selection, self._reuse_threshold
+            selection, selection_s = self._select(task, num_kept_units, examples)
+            reused = (
+                None
+                if examples or not self._reuse_threshold
+                else self.cache.find_overlapping(key, selection, self._reuse_threshold)
             )
             if reused:
                 other_task, overlap, selection = reused
@@ -295,7 +305,7 @@ class Assistant:
                     reuse_overlap=overlap,
                 )
             try:
-                self.cache.put(key, selection, self.model_path.name)
+                self.cache.put(key, selection, self.model_path.name, num_examples=len(examples))
             except ResourceError as error:
                 self._on_warning(f"the sub-network is not cached: {error}")
         return self._cut_cached(key, selection, selection_s=selection_s)
@@ -373,28 +383,33 @@ class Assistant:
             kv_options=kv_options,
         )
 
-    def _select(self, text: str, num_kept_units: int) -> tuple[Selection, float]:
+    def _select(
+        self, text: str, num_kept_units: int, examples: Sequence[str] = ()
+    ) -> tuple[Selection, float]:
         start = time.perf_counter()
         ids = self._instruction_ids(fold_task(text))
-        if len(ids) >= self.context_length:
-            raise UsageError(
-                f"the instruction has {len(ids)} tokens, the model's context "
-                f"{self.context_length}; shorten it or describe the task with --task"
-            )
-        selection = select(self.selector(), ids, num_kept_units)
+        example_ids = [self._instruction_ids(example) for example in examples]
+        selection = select(self.selector(), ids, num_kept_units, example_ids)
         mx.eval(selection.indices)
         return selection, time.perf_counter() - start
 
     def _instruction_ids(self, text: str) -> list[int]:
         """Return what every selector reads: the text as the model's user would send it."""
         if self.tokenizer.chat_template is None:
-            return list(self.tokenizer.encode(text))
-        message = {"role": "user", "content": text}
-        return list(
-            self.tokenizer.apply_chat_template(
-                [message], add_generation_prompt=True, return_dict=False
+            ids = list(self.tokenizer.encode(text))
+        else:
+            message = {"role": "user", "content": text}
+            ids = list(
+                self.tokenizer.apply_chat_template(
+                    [message], add_generation_prompt=True, return_dict=False
+                )
             )
-        )
+        if len(ids) >= self.context_length:
+            raise UsageError(
+                f"the instruction has {len(ids)} tokens, the model's context "
+                f"{self.context_length}; shorten it or describe the task with --task"
+            )
+        return ids
 
     def _cut_cached(self, key: CacheKey, selection: Selection, **facts: Any) -> SubNetwork:
         """Return the sub-network of a cache entry; note in it what quantizing again cost."""

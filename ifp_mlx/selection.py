@@ -148,13 +148,30 @@ class Selector(Protocol):
         """Return (L, F) float32 scores for an instruction's token ids; higher = keep."""
 
 
-def select(selector: Selector, token_ids: Sequence[int], num_kept_units: int) -> Selection:
+def select(
+    selector: Selector,
+    token_ids: Sequence[int],
+    num_kept_units: int,
+    examples: Sequence[Sequence[int]] = (),
+) -> Selection:
     """Return the ``num_kept_units`` best units a layer for an instruction. Evaluates.
+
+    Args:
+        selector: scores the units.
+        token_ids: the instruction, or a task's description.
+        num_kept_units: K.
+        examples: token ids of inputs of the task; together they count as much as its description.
 
     Raises:
         SelectionError: K is out of range, or the scores hold NaN or infinity.
     """
     scores = selector.scores(token_ids)
+    if examples:
+        total = mx.zeros_like(scores)
+        for example in examples:
+            total = total + selector.scores(example)
+            mx.eval(total)  # one example's activations at a time
+        scores = (scores + total / len(examples)) / 2
     indices, is_finite = top_k_indices(scores, num_kept_units), mx.isfinite(scores).all()
     mx.eval(indices, is_finite)  # together: the host waits for the device once
     if not is_finite.item():

@@ -28,7 +28,8 @@ from ifp_mlx.selection import Selection
 DEFAULT_MAX_BYTES = 256 * 10**6  # about 2,000 sub-networks of the default model
 FORMAT_VERSION = "1"
 _SUFFIX = ".safetensors"
-_REQUANTIZATION_ERROR = "requantization_error"  # a field of the header
+_REQUANTIZATION_ERROR = "requantization_error"  # fields of the header
+_NUM_EXAMPLES = "num_examples"
 _LOCK_TIMEOUT_S = 120.0
 _MIN_PREFIX = 4
 
@@ -84,6 +85,7 @@ class CacheEntry:
         path: the file.
         requantization_error: relative error of quantizing its columns of down projections again,
             0 where that was not needed; None if it was never cut.
+        num_examples: inputs of the task that selected along with its description.
     """
 
     key: CacheKey
@@ -94,6 +96,7 @@ class CacheEntry:
     size_bytes: int
     path: Path
     requantization_error: float | None
+    num_examples: int = 0
 
     def load(self) -> Selection:
         """Return the selection.
@@ -166,7 +169,9 @@ class SubNetCache:
             os.utime(path)
         return selection
 
-    def put(self, key: CacheKey, selection: Selection, model_name: str) -> CacheEntry:
+    def put(
+        self, key: CacheKey, selection: Selection, model_name: str, *, num_examples: int = 0
+    ) -> CacheEntry:
         """Store a selection, then remove the least recently used entries beyond the byte budget.
 
         Raises:
@@ -177,6 +182,7 @@ class SubNetCache:
             "format_version": FORMAT_VERSION,
             "model_name": model_name,
             "created_s": repr(time.time()),
+            _NUM_EXAMPLES: str(num_examples),
         }
         path = self._path(key)
         selection.save(path, header)
@@ -327,6 +333,7 @@ class SubNetCache:
                 size_bytes=status.st_size,
                 path=path,
                 requantization_error=None if error is None else float(error),
+                num_examples=int(header.get(_NUM_EXAMPLES, "0")),  # older entries have none
             )
         except (ValueError, KeyError, OSError) as error:
             raise CacheError(f"{path} is not a cache entry: {error}") from error

@@ -88,7 +88,7 @@ def test_near_duplicates_share_a_sub_network_when_asked(
 def test_a_full_disk_costs_the_cache_entry_not_the_answer(
     calibrated: Path, cache: SubNetCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise ResourceError("cannot write: No space left on device")
 
     monkeypatch.setattr(cache, "put", full)

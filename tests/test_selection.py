@@ -200,3 +200,17 @@ def test_scores_that_are_not_finite_are_refused() -> None:
 
     with pytest.raises(SelectionError, match="'broken' gave scores that are not finite"):
         select(Broken(), [1], 2)
+
+
+def test_examples_of_a_task_count_as_much_as_its_description() -> None:
+    class Known:
+        name, version = "known", "1"
+
+        def scores(self, token_ids: list[int]) -> mx.array:
+            return mx.zeros((1, 4)).at[0, token_ids[0]].add(float(token_ids[1]))
+
+    description, examples = [0, 4], [[1, 9], [2, 5], [3, 1]]
+    # Units score 4, 9 / 3, 5 / 3 and 1 / 3 before both halves are halved.
+    assert select(Known(), description, 2, examples).indices.tolist() == [[0, 1]]
+    assert select(Known(), [0, 2], 2, examples).indices.tolist() == [[0, 1]]
+    assert select(Known(), [0, 1], 2, examples).indices.tolist() == [[1, 2]]

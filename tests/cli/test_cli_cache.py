@@ -95,6 +95,63 @@ def test_cache_add_prints_the_entry(ifp: Run, small_model: Path) -> None:
     assert "cache hit" in again.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("inputs.txt", "count the number of 12345\n\nwrite 67890\n"),
+        (
+            "inputs.jsonl",
+            '{"prompt": "count the number of 12345", "response": "x"}\n{"prompt": "write 67890"}\n',
+        ),
+    ],
+)
+def test_cache_add_with_examples_selects_anew_from_them_too(
+    ifp: Run, small_model: Path, tmp_path: Path, name: str, text: str
+) -> None:
+    def add(*extra: object) -> Any:
+        return ifp(
+            "cache", "add", "write words", "--model", small_model, "--keep-units", "64", *extra
+        )
+
+    def indices() -> Any:
+        record = json.loads(ifp("cache", "show", "write words", "--json").stdout)
+        return np.array(mx.load(record["path"])["indices"]), record["num_examples"]
+
+    add()
+    plain, none = indices()
+    path = tmp_path / name
+    path.write_text(text)
+    assert "selected" in add("--examples", path).stderr  # not a cache hit
+    informed, two = indices()
+    assert (none, two) == (0, 2)
+    assert not np.array_equal(plain, informed)
+    assert "the description and 2 examples" in ifp("cache", "show", "write words").stdout
+    # A chat about the task takes it from there.
+    assert "cache hit" in add().stderr
+    assert np.array_equal(indices()[0], informed)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "complaint"),
+    [
+        ("inputs.txt", " \n", "holds no example"),
+        ("inputs.jsonl", '{"text": "x"}\n', ':1: no JSON object with a "prompt"'),
+        ("inputs.jsonl", '{"prompt": "x"}\n[1]\n', ':2: no JSON object with a "prompt"'),
+        ("missing.txt", None, "cannot read the examples"),
+    ],
+)
+def test_cache_add_refuses_examples_that_are_none(
+    ifp: Run, small_model: Path, tmp_path: Path, name: str, text: str | None, complaint: str
+) -> None:
+    path = tmp_path / name
+    if text is not None:
+        path.write_text(text)
+    outcome = ifp("cache", "add", "write words", "--model", small_model, "--examples", path)
+    assert outcome.code == 2
+    assert complaint in outcome.stderr
+    assert json.loads(ifp("cache", "list", "--json").stdout) == []
+
+
 def test_cache_rm_removes_what_is_named(filled: Run) -> None:
     outcome = filled("cache", "rm", "write words", "write a word")
     assert outcome.code == 0
