@@ -174,6 +174,8 @@ class SubNetCache:
     ) -> CacheEntry:
         """Store a selection, then remove the least recently used entries beyond the byte budget.
 
+        The weights of a selection that it replaces go, too.
+
         Raises:
             ResourceError: the disk is full or the folder cannot be written; nothing is left behind.
         """
@@ -185,7 +187,12 @@ class SubNetCache:
             _NUM_EXAMPLES: str(num_examples),
         }
         path = self._path(key)
+        replaced = None
+        with contextlib.suppress(SelectionError):  # damaged, or none
+            replaced = Selection.load(path)[0] if path.exists() else None
         selection.save(path, header)
+        if replaced is not None:
+            compact_store.remove(self.compact_folder, replaced)
         self.prune(self.max_bytes, keep=path)
         return self._read_entry(path)
 

@@ -117,14 +117,20 @@ def test_cache_add_with_examples_selects_anew_from_them_too(
         record = json.loads(ifp("cache", "show", "write words", "--json").stdout)
         return np.array(mx.load(record["path"])["indices"]), record["num_examples"]
 
+    def weights() -> list[Path]:
+        return sorted(Path(ifp("cache", "path").stdout.strip()).glob("weights/*/*.safetensors"))
+
     add()
     plain, none = indices()
+    stored = weights()
     path = tmp_path / name
     path.write_text(text)
     assert "selected" in add("--examples", path).stderr  # not a cache hit
     informed, two = indices()
     assert (none, two) == (0, 2)
     assert not np.array_equal(plain, informed)
+    assert len(weights()) == len(stored) > 1
+    assert weights() != stored
     assert "the description and 2 examples" in ifp("cache", "show", "write words").stdout
     # A chat about the task takes it from there.
     assert "cache hit" in add().stderr
