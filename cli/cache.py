@@ -146,7 +146,7 @@ def add(
 ) -> None:
     """Select a sub-network for a task now, so that the first chat about it starts faster.
 
-    With --examples it is selected anew, and better, and replaces the one that is cached.
+    With --examples it is selected anew, and replaces the one that is cached.
     """
     inputs = () if examples is None else _read_examples(examples)
     choice = SubnetChoice(task, keep, keep_units, examples=inputs)
