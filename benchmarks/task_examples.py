@@ -67,23 +67,23 @@ def main() -> None:
     def mask(ids: Sequence[int], examples: Sequence[Sequence[int]] = ()) -> mx.array:
         return select(selector, ids, arguments.keep_units, examples).mask()
 
-    def masks_of(way: str) -> dict[int, mx.array]:
+    def masks_of(way: str) -> dict[HeldOutExample, mx.array]:
         if way == "input":
-            return {id(example): mask(example.prompt_ids) for example in scored}
+            return {example: mask(example.prompt_ids) for example in scored}
         by_domain = {
             domain: mask(ids, inputs[domain] if way == "examples" else ())
             for domain, ids in descriptions.items()
         }
-        return {id(example): by_domain[example.domain] for example in scored}
+        return {example: by_domain[example.domain] for example in scored}
 
     results = {}
     for way in arguments.ways:
         masks = masks_of(way)
 
         def of_batch(
-            batch: Sequence[HeldOutExample], masks: dict[int, mx.array] = masks
+            batch: Sequence[HeldOutExample], masks: dict[HeldOutExample, mx.array] = masks
         ) -> mx.array:
-            return mx.stack([masks[id(example)] for example in batch])
+            return mx.stack([masks[example] for example in batch])
 
         qualities = evaluate(masked, scored, of_batch)
         mean = mean_cross_entropy(qualities, documents=False)

@@ -233,9 +233,12 @@ def path(as_json: options.AsJson = False) -> None:
 
 def _read_examples(path: Path) -> tuple[str, ...]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read the examples in {path}: {error}") from error
+        # Not splitlines: JSON may hold other line separators inside its strings.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise UsageError(f"cannot read the examples in {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text; save it as UTF-8") from error
     examples = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

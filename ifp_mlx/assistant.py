@@ -4,7 +4,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from ifp_mlx.base_model import (
 )
 from ifp_mlx.calibration import Calibration
 from ifp_mlx.compact_models import CompactModels, SubNetwork, dense_identity
-from ifp_mlx.compact_store import CompactStore, selection_digest
+from ifp_mlx.compact_store import CompactStore, module_digest, selection_digest
 from ifp_mlx.config import round_keep_ratio
 from ifp_mlx.errors import AdapterError, ResourceError, SelectionError, UsageError
 from ifp_mlx.selection import Selection, Selector, select
@@ -282,19 +281,15 @@ class Assistant:
             selection, selection_s = self._select(task, num_kept_units, examples)
             return self._cut(selection, task=task, selection_s=selection_s)
         key = self.cache_key(task, num_kept_units)
-        cached = None if examples else self.cache.get(key)
-        if cached is not None:
+        if not examples and (cached := self.cache.get(key)) is not None:
             return self._cut_cached(key, cached, from_cache=True)
         with self.cache.lock(key):
-            cached = None if examples else self.cache.get(key)  # another process may be faster
-            if cached is not None:
+            # Another process may have been faster.
+            if not examples and (cached := self.cache.get(key)) is not None:
                 return self._cut_cached(key, cached, from_cache=True)
             selection, selection_s = self._select(task, num_kept_units, examples)
-            reused = (
-                None
-                if examples or not self._reuse_threshold
-                else self.cache.find_overlapping(key, selection, self._reuse_threshold)
-            )
+            threshold = None if examples else self._reuse_threshold
+            reused = threshold and self.cache.find_overlapping(key, selection, threshold)
             if reused:
                 other_task, overlap, selection = reused
                 return self._cut(
@@ -360,7 +355,7 @@ class Assistant:
             "adapter": self.adapter.fingerprint if self.adapter is not None else "",
             "selector": subnet.selector,
             "selection": None if selection is None else selection_digest(selection),
-            "modules": _module_digest(subnet.model),
+            "modules": module_digest(subnet.model),
         }
 
     def converse(
@@ -395,12 +390,12 @@ class Assistant:
 
     def _instruction_ids(self, text: str) -> list[int]:
         """Return what every selector reads: the text as the model's user would send it."""
-        if self.tokenizer.chat_template is None:
-            ids = list(self.tokenizer.encode(text))
+        tokenizer, message = self.tokenizer, {"role": "user", "content": text}
+        if tokenizer.chat_template is None:
+            ids = list(tokenizer.encode(text))
         else:
-            message = {"role": "user", "content": text}
             ids = list(
-                self.tokenizer.apply_chat_template(
+                tokenizer.apply_chat_template(
                     [message], add_generation_prompt=True, return_dict=False
                 )
             )
@@ -450,9 +445,3 @@ class Assistant:
             total_parameters=cut.total_parameters,
             **facts,
         )
-
-
-def _module_digest(model: nn.Module) -> str:
-    """Return a hash of a model's parameters' names, types and shapes: how it is quantized."""
-    shapes = [(name, str(a.dtype), a.shape) for name, a in ffn.named_arrays(model).items()]
-    return hashlib.sha256(repr(shapes).encode()).hexdigest()

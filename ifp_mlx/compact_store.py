@@ -173,6 +173,12 @@ def selection_digest(selection: Selection) -> str:
     return digest.hexdigest()[:32]
 
 
+def module_digest(model: nn.Module) -> str:
+    """Return a hash of a model's parameters' names, types and shapes: how it is quantized."""
+    shapes = [(name, str(a.dtype), a.shape) for name, a in ffn.named_arrays(model).items()]
+    return hashlib.sha256(repr(shapes).encode()).hexdigest()
+
+
 def stored_bytes(folder: Path) -> int:
     """Return how much the compact models in a folder take."""
     return sum(path.stat().st_size for path in folder.glob(f"*/*{_SUFFIX}"))

@@ -101,7 +101,8 @@ def test_cache_add_prints_the_entry(ifp: Run, small_model: Path) -> None:
         ("inputs.txt", "count the number of 12345\n\nwrite 67890\n"),
         (
             "inputs.jsonl",
-            '{"prompt": "count the number of 12345", "response": "x"}\n{"prompt": "write 67890"}\n',
+            '{"prompt": "count the\u2028number of 12345", "response": "x"}\n'
+            '{"prompt": "write 67890"}\n',
         ),
     ],
 )
@@ -143,6 +144,7 @@ def test_cache_add_with_examples_selects_anew_from_them_too(
         ("inputs.txt", " \n", "holds no example"),
         ("inputs.jsonl", '{"text": "x"}\n', ':1: no JSON object with a "prompt"'),
         ("inputs.jsonl", '{"prompt": "x"}\n[1]\n', ':2: no JSON object with a "prompt"'),
+        ("inputs.txt", "caf\xe9\n", "not UTF-8"),
         ("missing.txt", None, "cannot read the examples"),
     ],
 )
@@ -151,7 +153,7 @@ def test_cache_add_refuses_examples_that_are_none(
 ) -> None:
     path = tmp_path / name
     if text is not None:
-        path.write_text(text)
+        path.write_bytes(text.encode("latin-1"))
     outcome = ifp("cache", "add", "write words", "--model", small_model, "--examples", path)
     assert outcome.code == 2
     assert complaint in outcome.stderr
