@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ifp_mlx import checkpoint, ffn
+from ifp_mlx import checkpoint, ffn, selector_choice
 from ifp_mlx.adapter import Adapter, load_adapter
 from ifp_mlx.base_model import (
     DEFAULT_CONTEXT_TOKENS,
@@ -26,7 +26,6 @@ from ifp_mlx.compact_store import CompactStore, module_digest, selection_digest
 from ifp_mlx.config import round_keep_ratio
 from ifp_mlx.errors import AdapterError, ResourceError, SelectionError, UsageError
 from ifp_mlx.selection import Selection, Selector, select
-from ifp_mlx.selector_choice import choose_selector, make_selector, selector_version
 from ifp_mlx.shipped import find_side_file
 from ifp_mlx.subnet_cache import CacheKey, SubNetCache, fold_task
 
@@ -168,7 +167,7 @@ class Assistant:
         def store_for(found: Adapter | None) -> CompactStore | None:
             if cache is None or compensate:
                 return None
-            adapted = choose_selector(selector, found, prior) == "predictor"
+            adapted = selector_choice.choose_selector(selector, found, prior) == "predictor"
             identity = dense_identity(model_path, found, adapted=adapted, exact_down=exact_down)
             return CompactStore(cache.compact_folder, identity, config, on_warning=on_warning)
 
@@ -184,7 +183,7 @@ class Assistant:
                 on_warning(f"the adapter in {adapter_path} is left out: {error}")
                 found = None
                 store = store_for(None)
-        selector_name = choose_selector(selector, found, prior)
+        selector_name = selector_choice.choose_selector(selector, found, prior)
         # An adapter's changes belong to the units that its own predictor selects.
         adapt = found.apply if found is not None and selector_name == "predictor" else None
         assistant = cls(
@@ -230,7 +229,7 @@ class Assistant:
             SelectionError: no such task was calibrated.
         """
         if self._selector is None:
-            self._selector = make_selector(
+            self._selector = selector_choice.make_selector(
                 self.selector_name, self._open_base().reader, self.adapter, self.calibration
             )
         return self._selector
@@ -270,11 +269,15 @@ class Assistant:
                 cached for the description is replaced.
 
         Raises:
-            UsageError: the description or an example is empty or too long.
+            UsageError: the description is empty or too long, or the selector reads no examples.
             SelectionError: K is out of range.
         """
         if not task.strip():
             raise UsageError("the task description is empty; say what you need help with")
+        if examples and self.selector_name not in selector_choice.READING_SELECTORS:
+            raise UsageError(
+                f"{self.selector_name} selects without reading; leave out the examples"
+            )
         if num_kept_units == self.num_units:
             return dataclasses.replace(self.dense(), task=task)
         if self.cache is None:
@@ -343,7 +346,7 @@ class Assistant:
             base=checkpoint.fingerprint(self.model_path),
             adapter=self.adapter.fingerprint if self.adapter is not None else "",
             selector=self.selector_name,
-            selector_version=selector_version(self.selector_name, self.adapter),
+            selector_version=selector_choice.selector_version(self.selector_name, self.adapter),
             num_kept_units=num_kept_units,
         )
 

@@ -19,6 +19,9 @@ from ifp_mlx.selection import (
 SELECTOR_NAMES = ("predictor", "blend", "static", "prompt", "random")
 """Best first: without a choice of the user's, the first that the model has the files for."""
 
+READING_SELECTORS = frozenset({"predictor", "blend", "prompt"})
+"""Those whose choice depends on the instruction."""
+
 
 def choose_selector(
     wanted: str | None, adapter: Adapter | None, calibration: Calibration | None

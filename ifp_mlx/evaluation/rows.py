@@ -9,6 +9,7 @@ import re
 
 from ifp_mlx.config import check_keep_units, round_keep_ratio
 from ifp_mlx.errors import UsageError
+from ifp_mlx.selector_choice import READING_SELECTORS
 
 SELECTORS: dict[str, str] = {
     "dense": "all units",
@@ -28,7 +29,6 @@ CHANGES: dict[str, str] = {
     "adapted": "cut from the adapter's weights; always so for predictor rows",
 }
 
-_INPUT_DEPENDENT = frozenset({"predictor", "blend", "prompt"})
 _ROW = re.compile(
     r"(?P<selector>[a-z]+)(?::(?P<argument>[^+@]+))?(?P<changes>(?:\+[a-z]+)*)(?:@(?P<keep>[\d.]+))?"
 )
@@ -77,7 +77,7 @@ class Row:
     @property
     def reads_input(self) -> bool:
         """Whether each text, or its task's description, selects."""
-        return self.selector in _INPUT_DEPENDENT
+        return self.selector in READING_SELECTORS
 
 
 def parse_row(text: str, num_units: int, default_num_kept_units: int) -> Row:
@@ -109,7 +109,7 @@ def parse_row(text: str, num_units: int, default_num_kept_units: int) -> Row:
         raise UsageError(f"row {text!r}: fixed and shuffled exclude each other")
     if selector == "dense" and (match["keep"] or set(changes) - {"adapted"}):
         raise UsageError(f"row {text!r}: dense keeps every unit; only +adapted goes with it")
-    if "task" in changes and selector not in _INPUT_DEPENDENT:
+    if "task" in changes and selector not in READING_SELECTORS:
         raise UsageError(f"row {text!r}: {selector} does not read its input; leave out +task")
     return Row(
         selector=selector,

@@ -160,6 +160,19 @@ def test_cache_add_refuses_examples_that_are_none(
     assert json.loads(ifp("cache", "list", "--json").stdout) == []
 
 
+def test_cache_add_refuses_examples_that_nothing_reads(
+    ifp: Run, small_model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "inputs.txt"
+    path.write_text("write words\n")
+    outcome = ifp(
+        "cache", "add", "x", "--model", small_model, "--selector", "random", "--examples", path
+    )
+    assert outcome.code == 2
+    assert "random selects without reading" in outcome.stderr
+    assert json.loads(ifp("cache", "list", "--json").stdout) == []
+
+
 def test_cache_rm_removes_what_is_named(filled: Run) -> None:
     outcome = filled("cache", "rm", "write words", "write a word")
     assert outcome.code == 0
