@@ -25,8 +25,8 @@ from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 
 from ifp_mlx.benchmarking.shapes import build_model, find_shape  # noqa: E402
 from ifp_mlx.benchmarking.timing import machine, measure  # noqa: E402
-from ifp_mlx.selection import RandomSelector, select  # noqa: E402
-from ifp_mlx.subnetwork import slice_model  # noqa: E402
+from ifp_mlx.selection.selection import RandomSelector, select  # noqa: E402
+from ifp_mlx.slicing.compact import slice_model  # noqa: E402
 
 GROUP_SIZE = 64
 CONTEXT_TOKENS = 64

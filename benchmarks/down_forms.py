@@ -20,9 +20,9 @@ import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 
 from ifp_mlx.benchmarking.timing import Repeats, Timing, machine, measure_in_turns  # noqa: E402
-from ifp_mlx.ffn import named_arrays, plain_linear  # noqa: E402
-from ifp_mlx.masking import top_k_indices  # noqa: E402
-from ifp_mlx.whole_down import WholeDown  # noqa: E402
+from ifp_mlx.selection.masks import top_k_indices  # noqa: E402
+from ifp_mlx.slicing.whole_down import WholeDown  # noqa: E402
+from ifp_mlx.units.ffn import named_arrays, plain_linear  # noqa: E402
 
 SHAPES = ((576, 1536), (2048, 8192))  # D, F: of SmolLM2-135M and of the checkpoint in memory.py
 KEEP = (2 / 3, 1 / 2, 1 / 4)

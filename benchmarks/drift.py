@@ -19,7 +19,7 @@ from pathlib import Path  # noqa: E402
 import ifp_mlx  # noqa: E402
 from ifp_mlx.assistant import Assistant  # noqa: E402
 from ifp_mlx.convert.registry import resolve_model  # noqa: E402
-from ifp_mlx.selection import Selection  # noqa: E402
+from ifp_mlx.selection.selection import Selection  # noqa: E402
 
 THRESHOLDS = (0.70, 0.75, 0.80)
 DESCRIPTIONS = Path(ifp_mlx.__file__).parent / "data" / "task_descriptions.json"

@@ -39,9 +39,9 @@ def export(model: str, folder: Path) -> dict[str, Any]:
     prefer_openblas()  # before mlx is imported
 
     from ifp_mlx.assistant import Assistant
-    from ifp_mlx.checkpoint import load_model, load_tokenizer
-    from ifp_mlx.conversation import Conversation
+    from ifp_mlx.chat.conversation import Conversation
     from ifp_mlx.convert.registry import resolve_model
+    from ifp_mlx.storage.checkpoint import load_model, load_tokenizer
 
     command = [str(Path(sys.executable).with_name("ifp")), "export", "--model", model]
     command += ["--task", TASK, "--force", "-o"]
@@ -64,7 +64,7 @@ def export(model: str, folder: Path) -> dict[str, Any]:
 
 def answers(converse: Callable[[], Any]) -> list[list[int]]:
     """Return the first tokens of a fresh conversation's reply to each prompt."""
-    from ifp_mlx.conversation import SamplingOptions
+    from ifp_mlx.chat.conversation import SamplingOptions
 
     tokens = []
     for prompt in PROMPTS:

@@ -18,10 +18,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from ifp_mlx import ffn
 from ifp_mlx.benchmarking import generation, shapes
-from ifp_mlx.gather import with_unit_major_downs
-from ifp_mlx.subnetwork import slice_model
+from ifp_mlx.slicing.compact import slice_model
+from ifp_mlx.slicing.gather import with_unit_major_downs
+from ifp_mlx.units import ffn
 
 VIEWS = {
     "Broadcast",

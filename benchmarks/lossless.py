@@ -17,7 +17,7 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 from ifp_mlx.assistant import Assistant  # noqa: E402
-from ifp_mlx.conversation import Conversation, SamplingOptions  # noqa: E402
+from ifp_mlx.chat.conversation import Conversation, SamplingOptions  # noqa: E402
 from ifp_mlx.convert.registry import resolve_model  # noqa: E402
 
 MAX_PROMPT_CHARACTERS = 1500

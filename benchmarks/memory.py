@@ -23,9 +23,10 @@ from typing import Any
 import mlx.core as mx
 from synthetic_checkpoint import write_checkpoint
 
-from ifp_mlx import checkpoint, memory
-from ifp_mlx.config import round_keep_ratio
-from ifp_mlx.unit_major import SIDE_FILE, write_side_file
+from ifp_mlx.slicing.unit_file import SIDE_FILE, write_side_file
+from ifp_mlx.storage import checkpoint
+from ifp_mlx.subnets import memory
+from ifp_mlx.units.amounts import round_keep_ratio
 
 PROMPT = "Explain in a few words why the sky is blue."
 LIMIT_FACTOR, LIMIT_EXTRA_BYTES = 1.15, 300 * 10**6

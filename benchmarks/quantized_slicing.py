@@ -34,7 +34,6 @@ import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 import numpy as np  # noqa: E402
 
-from ifp_mlx import checkpoint, ffn  # noqa: E402
 from ifp_mlx.benchmarking.timing import machine  # noqa: E402
 from ifp_mlx.convert.export import export_checkpoint  # noqa: E402
 from ifp_mlx.convert.model_card import ModelCard  # noqa: E402
@@ -43,10 +42,12 @@ from ifp_mlx.convert.quantize import (  # noqa: E402
     make_quantization,
     quantize_checkpoint,
 )
-from ifp_mlx.selection import PromptSelector, RandomSelector, Selection, select  # noqa: E402
-from ifp_mlx.streaming import LoadedSubnetwork, load_subnetwork  # noqa: E402
-from ifp_mlx.subnetwork import slice_model, with_cut_downs  # noqa: E402
-from ifp_mlx.unit_major import write_side_file  # noqa: E402
+from ifp_mlx.selection.selection import PromptSelector, RandomSelector, Selection, select  # noqa: E402
+from ifp_mlx.slicing.compact import slice_model, with_cut_downs  # noqa: E402
+from ifp_mlx.slicing.streaming import LoadedSubnetwork, load_subnetwork  # noqa: E402
+from ifp_mlx.slicing.unit_file import write_side_file  # noqa: E402
+from ifp_mlx.storage import checkpoint  # noqa: E402
+from ifp_mlx.units import ffn  # noqa: E402
 
 QUANTIZATIONS = {
     "4 bits": make_quantization(bits=4, group_size=32),

@@ -28,9 +28,7 @@ BLAS = prefer_openblas()  # before mlx is imported
 
 import mlx.core as mx  # noqa: E402
 
-from ifp_mlx import checkpoint, ffn  # noqa: E402
-from ifp_mlx.calibration import Calibration  # noqa: E402
-from ifp_mlx.config import round_keep_ratio  # noqa: E402
+from ifp_mlx.adapters.shipped import find_side_file  # noqa: E402
 from ifp_mlx.evaluation.quality import load_held_out  # noqa: E402
 from ifp_mlx.evaluation.rows import parse_row  # noqa: E402
 from ifp_mlx.evaluation.subject import Subject  # noqa: E402
@@ -40,8 +38,11 @@ from ifp_mlx.evaluation.table import (  # noqa: E402
     measure_rows,
     shortened,
 )
-from ifp_mlx.files import write_bytes_atomically  # noqa: E402
-from ifp_mlx.shipped import find_side_file  # noqa: E402
+from ifp_mlx.selection.calibration import Calibration  # noqa: E402
+from ifp_mlx.storage import checkpoint  # noqa: E402
+from ifp_mlx.storage.files import write_bytes_atomically  # noqa: E402
+from ifp_mlx.units import ffn  # noqa: E402
+from ifp_mlx.units.amounts import round_keep_ratio  # noqa: E402
 
 SELECTORS = "static,domain,blend,blend+compensate,random"
 

@@ -20,7 +20,7 @@ from typing import Any  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 
 from ifp_mlx.assistant import Assistant  # noqa: E402
-from ifp_mlx.conversation import Conversation, SamplingOptions  # noqa: E402
+from ifp_mlx.chat.conversation import Conversation, SamplingOptions  # noqa: E402
 from ifp_mlx.convert.registry import resolve_model  # noqa: E402
 
 TASK = "help me write Python"

@@ -18,7 +18,6 @@ from pathlib import Path  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
 
-from ifp_mlx import ffn  # noqa: E402
 from ifp_mlx.assistant import Assistant  # noqa: E402
 from ifp_mlx.convert.registry import resolve_model  # noqa: E402
 from ifp_mlx.evaluation.quality import (  # noqa: E402
@@ -30,8 +29,9 @@ from ifp_mlx.evaluation.quality import (  # noqa: E402
     mean_cross_entropy,
 )
 from ifp_mlx.evaluation.subject import TASK_DESCRIPTIONS  # noqa: E402
-from ifp_mlx.selection import select  # noqa: E402
-from ifp_mlx.training.examples import chat_ids  # noqa: E402
+from ifp_mlx.selection.selection import select  # noqa: E402
+from ifp_mlx.text.examples import chat_ids  # noqa: E402
+from ifp_mlx.units import ffn  # noqa: E402
 
 WAYS = ("description", "examples", "input")
 

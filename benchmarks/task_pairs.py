@@ -20,7 +20,7 @@ from typing import Any  # noqa: E402
 
 from ifp_mlx.assistant import PREDICTED_REUSE_OVERLAP, Assistant  # noqa: E402
 from ifp_mlx.convert.registry import resolve_model  # noqa: E402
-from ifp_mlx.selection import Selection  # noqa: E402
+from ifp_mlx.selection.selection import Selection  # noqa: E402
 
 PAIRS = Path(__file__).with_name("task_pairs.json")
 

@@ -23,7 +23,7 @@ from ifp_mlx.cli.terminal import answer_console, gigabytes, plural, print_json, 
 from ifp_mlx.errors import UsageError
 
 if TYPE_CHECKING:
-    from ifp_mlx.subnet_cache import CacheEntry, SubNetCache
+    from ifp_mlx.subnets.task_cache import CacheEntry, SubNetCache
 
 _KEY_CHARACTERS = 8
 app = typer.Typer(
@@ -52,7 +52,7 @@ def list_entries(as_json: options.AsJson = False) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from ifp_mlx.compact_store import stored_bytes
+    from ifp_mlx.subnets.compact_store import stored_bytes
 
     table = Table(box=None, pad_edge=False)
     for heading in ("key", "task", "units", "selector", "model", "used"):
@@ -191,7 +191,7 @@ def prune(
     as_json: options.AsJson = False,
 ) -> None:
     """Remove the least recently used sub-networks until the rest fits."""
-    from ifp_mlx import compact_store
+    from ifp_mlx.subnets import compact_store
 
     cache = _open_cache()
     before_bytes = compact_store.stored_bytes(cache.compact_folder)
@@ -257,8 +257,8 @@ def _read_examples(path: Path) -> tuple[str, ...]:
 
 
 def _open_cache() -> SubNetCache:
-    from ifp_mlx.home import subnet_cache_folder
-    from ifp_mlx.subnet_cache import SubNetCache
+    from ifp_mlx.storage.home import subnet_cache_folder
+    from ifp_mlx.subnets.task_cache import SubNetCache
 
     return SubNetCache(subnet_cache_folder())
 

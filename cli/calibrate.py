@@ -73,10 +73,10 @@ def calibrate(
     if target.exists() and not force:
         raise UsageError(f"{target} exists already; --force replaces it, -o writes another file")
     with working(f"loading {folder.name}"):
-        from ifp_mlx.calibration import calibrate as measure
-        from ifp_mlx.checkpoint import load_model, load_tokenizer
-        from ifp_mlx.training.calibration_text import CalibrationLimits, calibration_examples
-        from ifp_mlx.training.records import BadLines
+        from ifp_mlx.selection.calibration import calibrate as measure
+        from ifp_mlx.storage.checkpoint import load_model, load_tokenizer
+        from ifp_mlx.text.calibration_text import CalibrationLimits, calibration_examples
+        from ifp_mlx.text.records import BadLines
 
         loaded, _ = load_model(folder)
         tokenizer = load_tokenizer(folder)

@@ -23,10 +23,10 @@ from ifp_mlx.cli.terminal import (
 from ifp_mlx.errors import IFPError, UsageError
 
 if TYPE_CHECKING:
+    from ifp_mlx.chat.session import Session, SessionSettings
     from ifp_mlx.cli.chat_commands import ChatCommands
     from ifp_mlx.cli.chat_state import Chat, ContextFull
     from ifp_mlx.cli.plain_reader import Reader
-    from ifp_mlx.sessions import Session, SessionSettings
 
 
 def chat(
@@ -107,7 +107,7 @@ def chat(
     if lossless and prompt_cache_file is not None:
         raise UsageError("--lossless has a KV cache of two models; leave out --prompt-cache-file")
     if prompt_cache_file is not None:
-        from ifp_mlx.kv_cache_file import check_kv_path
+        from ifp_mlx.chat.kv_cache_file import check_kv_path
 
         check_kv_path(prompt_cache_file)
     if auto_retask and not drift:
@@ -116,9 +116,9 @@ def chat(
         model, adapter, no_adapter, selector, compensate, reuse, not no_cache, force, exact_down
     )
 
+    from ifp_mlx.chat.conversation import SamplingOptions
+    from ifp_mlx.chat.session import SessionSettings
     from ifp_mlx.cli.chat_state import Chat
-    from ifp_mlx.conversation import SamplingOptions
-    from ifp_mlx.sessions import SessionSettings
 
     sampling = SamplingOptions(max_tokens, temp, top_p, top_k, min_p, repetition_penalty, seed)
     settings = SessionSettings(model, task, keep_units, dense, system_prompt)
@@ -153,8 +153,8 @@ def chat(
 def _open_session(
     settings: SessionSettings, resume: bool, name: str | None, *, recorded: bool
 ) -> Session:
-    from ifp_mlx.home import sessions_folder
-    from ifp_mlx.sessions import Session, list_sessions, session_path
+    from ifp_mlx.chat.session import Session, list_sessions, session_path
+    from ifp_mlx.storage.home import sessions_folder
 
     folder = sessions_folder()
     if resume and name is not None:
@@ -177,7 +177,7 @@ class _ChatLoop:
 
     def __init__(self, chat: Chat, *, drops_oldest: bool, drift: float, retasks: bool):
         from ifp_mlx.cli.chat_commands import ChatCommands
-        from ifp_mlx.home import sessions_folder
+        from ifp_mlx.storage.home import sessions_folder
 
         self._chat = chat
         self._drops_oldest = drops_oldest
@@ -296,7 +296,7 @@ class _ChatLoop:
         if not is_interactive():
             return PlainReader(PROMPT if sys.stdin.isatty() else "")
         from ifp_mlx.cli.line_editor import CommandCompleter, LineEditor
-        from ifp_mlx.home import home_folder
+        from ifp_mlx.storage.home import home_folder
 
         helps = {name: command.help for name, command in self._commands.table.items()}
         completer = CommandCompleter(helps, self._commands.values)

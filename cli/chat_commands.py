@@ -7,13 +7,13 @@ import difflib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from ifp_mlx.chat.session import Session, list_sessions
 from ifp_mlx.cli.chat_state import Chat
 from ifp_mlx.cli.clipboard import copy_to_clipboard
 from ifp_mlx.cli.loading import describe_subnetwork, title
 from ifp_mlx.cli.statistics_line import context_meter, full_statistics
 from ifp_mlx.cli.terminal import plural, say, status_console
 from ifp_mlx.errors import UsageError
-from ifp_mlx.sessions import Session, list_sessions
 
 _RECENT_CHARACTERS = 300  # of each message of the last exchange, shown when a chat goes on
 
@@ -253,8 +253,8 @@ def code_blocks(markdown: str) -> list[str]:
 
 
 def _tasks() -> Iterable[str]:
-    from ifp_mlx.home import subnet_cache_folder
-    from ifp_mlx.subnet_cache import SubNetCache
+    from ifp_mlx.storage.home import subnet_cache_folder
+    from ifp_mlx.subnets.task_cache import SubNetCache
 
     return sorted({entry.key.task for entry in SubNetCache(subnet_cache_folder()).entries()})
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ifp_mlx.chat.session import Session, SessionSettings
 from ifp_mlx.cli.answer import stream_answer
 from ifp_mlx.cli.loading import (
     ModelChoice,
@@ -19,15 +20,14 @@ from ifp_mlx.cli.loading import (
 )
 from ifp_mlx.cli.terminal import plural, say
 from ifp_mlx.errors import UsageError
-from ifp_mlx.sessions import Session, SessionSettings
 
 if TYPE_CHECKING:
     import mlx.nn as nn
 
     from ifp_mlx.assistant import Assistant
-    from ifp_mlx.compact_models import SubNetwork
-    from ifp_mlx.conversation import Conversation, GenerationStats, SamplingOptions
-    from ifp_mlx.kv_cache_file import KVCacheFile
+    from ifp_mlx.chat.conversation import Conversation, GenerationStats, SamplingOptions
+    from ifp_mlx.chat.kv_cache_file import KVCacheFile
+    from ifp_mlx.subnets.compact_models import SubNetwork
 
 _RETASK_MESSAGES = 4  # how much of the recent conversation /retask reads
 _ROOM_FOR_ANSWER = 64  # tokens; with less left the context counts as full
@@ -335,7 +335,7 @@ class Chat:
         return self.assistant.dense().model, subnet.model
 
     def _restart_conversation(self) -> None:
-        from ifp_mlx.conversation import DEFAULT_DRAFT_TOKENS, Conversation
+        from ifp_mlx.chat.conversation import DEFAULT_DRAFT_TOKENS, Conversation
 
         if self.subnet is None:
             self._conversation = None
@@ -371,8 +371,8 @@ class Chat:
     def _new_kv_file(self, subnet: SubNetwork) -> KVCacheFile | None:
         if self._kv_path is None:
             return None
-        from ifp_mlx.conversation import KVCacheOptions
-        from ifp_mlx.kv_cache_file import KVCacheFile
+        from ifp_mlx.chat.conversation import KVCacheOptions
+        from ifp_mlx.chat.kv_cache_file import KVCacheFile
 
         options = dataclasses.asdict(KVCacheOptions())
         return KVCacheFile(self._kv_path, self.assistant.kv_identity(subnet) | options)

@@ -51,7 +51,7 @@ def convert(
     """Convert a model into a folder that ifp and mlx-lm can read."""
     from ifp_mlx.convert.conversion import convert_checkpoint
     from ifp_mlx.convert.hub import fetch_from_hub, is_hub_id
-    from ifp_mlx.origin import Origin
+    from ifp_mlx.storage.origin import Origin
 
     refuse_existing(output, force=force)
     quantization = asked_quantization(quantize, group_size, mode)

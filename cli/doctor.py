@@ -65,7 +65,7 @@ def _versions() -> dict[str, str]:
 def _backend() -> dict[str, Any]:
     import mlx.core as mx
 
-    from ifp_mlx.memory import usable_memory_bytes
+    from ifp_mlx.subnets.memory import usable_memory_bytes
 
     device = mx.default_device()
     info = mx.device_info()
@@ -87,10 +87,15 @@ def _openblas_is_loaded() -> bool:
 
 
 def _folders() -> dict[str, Any]:
-    from ifp_mlx.compact_store import stored_bytes
-    from ifp_mlx.home import home_folder, models_folder, sessions_folder, subnet_cache_folder
-    from ifp_mlx.sessions import list_sessions
-    from ifp_mlx.subnet_cache import SubNetCache
+    from ifp_mlx.chat.session import list_sessions
+    from ifp_mlx.storage.home import (
+        home_folder,
+        models_folder,
+        sessions_folder,
+        subnet_cache_folder,
+    )
+    from ifp_mlx.subnets.compact_store import stored_bytes
+    from ifp_mlx.subnets.task_cache import SubNetCache
 
     cache = SubNetCache(subnet_cache_folder())
     entries = cache.entries()
@@ -111,8 +116,8 @@ def _folders() -> dict[str, Any]:
 
 def _models() -> list[dict[str, Any]]:
     from ifp_mlx.errors import IFPError
-    from ifp_mlx.home import models_folder
-    from ifp_mlx.memory import checkpoint_sizes, usable_memory_bytes
+    from ifp_mlx.storage.home import models_folder
+    from ifp_mlx.subnets.memory import checkpoint_sizes, usable_memory_bytes
 
     found: list[dict[str, Any]] = []
     for config in sorted(models_folder().glob("*/config.json")):
@@ -136,7 +141,7 @@ def _models() -> list[dict[str, Any]]:
 
 
 def _self_test() -> dict[str, Any]:
-    from ifp_mlx.self_test import measure_speed, run_checks
+    from ifp_mlx.slicing.self_test import measure_speed, run_checks
 
     checks = [
         {"name": c.name, "error": c.error, "limit": c.limit, "passed": c.passed}

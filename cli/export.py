@@ -28,8 +28,8 @@ from ifp_mlx.errors import UsageError
 
 if TYPE_CHECKING:
     from ifp_mlx.assistant import Assistant
-    from ifp_mlx.compact_models import SubNetwork
     from ifp_mlx.convert.model_card import MeasuredQuality
+    from ifp_mlx.subnets.compact_models import SubNetwork
 
 GGUFType = Literal["f32", "f16", "bf16", "q8_0"]
 
@@ -132,7 +132,7 @@ def export(
 
     from ifp_mlx.convert.export import export_checkpoint
     from ifp_mlx.convert.model_card import ModelCard
-    from ifp_mlx.origin import read_origin
+    from ifp_mlx.storage.origin import read_origin
 
     origin = read_origin(assistant.model_path)
     card = ModelCard(
@@ -194,7 +194,7 @@ def _subnetwork(assistant: Assistant, choice: SubnetChoice, file: Path | None) -
         return choose_subnetwork(assistant, choice, "")
     if choice.keep is not None or choice.keep_units is not None:
         raise UsageError("--selection says how many units; leave out --keep and --keep-units")
-    from ifp_mlx.selection import Selection
+    from ifp_mlx.selection.selection import Selection
 
     return assistant.subnetwork_of(Selection.load(file)[0])
 

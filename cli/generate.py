@@ -97,11 +97,11 @@ def generate(
             "--system-prompt needs the chat template; leave out --ignore-chat-template"
         )
     if prompt_cache_file is not None:
-        from ifp_mlx.kv_cache_file import check_kv_path
+        from ifp_mlx.chat.kv_cache_file import check_kv_path
 
         check_kv_path(prompt_cache_file)
 
-    from ifp_mlx.conversation import Conversation, KVCacheOptions, SamplingOptions
+    from ifp_mlx.chat.conversation import Conversation, KVCacheOptions, SamplingOptions
 
     sampling = SamplingOptions(max_tokens, temp, top_p, top_k, min_p, repetition_penalty, seed)
     text = read_prompt(prompt)
@@ -117,7 +117,7 @@ def generate(
     kv_file = None
     kept: tuple[list[Any], list[int]] | None = None
     if prompt_cache_file is not None:
-        from ifp_mlx.kv_cache_file import KVCacheFile
+        from ifp_mlx.chat.kv_cache_file import KVCacheFile
 
         options_of_kv = dataclasses.asdict(kv_options)
         kv_file = KVCacheFile(prompt_cache_file, assistant.kv_identity(subnet) | options_of_kv)

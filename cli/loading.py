@@ -11,8 +11,8 @@ from ifp_mlx.errors import UsageError
 
 if TYPE_CHECKING:  # the command line must not load mlx before a command needs it
     from ifp_mlx.assistant import Assistant
-    from ifp_mlx.compact_models import SubNetwork
-    from ifp_mlx.selection import Selection
+    from ifp_mlx.selection.selection import Selection
+    from ifp_mlx.subnets.compact_models import SubNetwork
 
 _TITLE_CHARACTERS = 60
 
@@ -69,8 +69,8 @@ def load_assistant(choice: ModelChoice, *, preload: bool = True) -> Assistant:
     with working(f"loading {Path(choice.model).name}"):
         from ifp_mlx.assistant import Assistant
         from ifp_mlx.convert.registry import resolve_model
-        from ifp_mlx.home import subnet_cache_folder
-        from ifp_mlx.subnet_cache import SubNetCache
+        from ifp_mlx.storage.home import subnet_cache_folder
+        from ifp_mlx.subnets.task_cache import SubNetCache
 
         cache = SubNetCache(subnet_cache_folder(), on_warning=say) if choice.use_cache else None
         return Assistant.load(
@@ -94,7 +94,7 @@ def num_kept_units(assistant: Assistant, choice: SubnetChoice) -> int:
     Raises:
         UsageError: out of range, or not a multiple of 64.
     """
-    from ifp_mlx.config import check_keep_units, round_keep_ratio
+    from ifp_mlx.units.amounts import check_keep_units, round_keep_ratio
 
     if choice.keep_units is not None:
         return check_keep_units(choice.keep_units, assistant.num_units)

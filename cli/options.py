@@ -10,15 +10,15 @@ DEFAULT_MODEL = "smollm2-135m"
 
 def model_names() -> list[str]:
     """Return the names of the models that were pulled."""
-    from ifp_mlx.home import models_folder
+    from ifp_mlx.storage.home import models_folder
 
     return sorted(path.parent.name for path in models_folder().glob("*/config.json"))
 
 
 def session_names() -> list[str]:
     """Return the names of the saved chats, the latest first."""
-    from ifp_mlx.home import sessions_folder
-    from ifp_mlx.sessions import list_sessions
+    from ifp_mlx.chat.session import list_sessions
+    from ifp_mlx.storage.home import sessions_folder
 
     return [summary.name for summary in list_sessions(sessions_folder())]
 

@@ -24,7 +24,7 @@ def prepare(
     that loading a sub-network reads only what it keeps. Deleting it costs nothing but that.
     """
     from ifp_mlx.convert.registry import resolve_model
-    from ifp_mlx.unit_major import SIDE_FILE, side_file_is_current, write_side_file
+    from ifp_mlx.slicing.unit_file import SIDE_FILE, side_file_is_current, write_side_file
 
     path = resolve_model(model)
     target = path / SIDE_FILE

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from ifp_mlx.cli.terminal import duration, gigabytes
 
 if TYPE_CHECKING:
-    from ifp_mlx.compact_models import SubNetwork
-    from ifp_mlx.conversation import GenerationStats
+    from ifp_mlx.chat.conversation import GenerationStats
+    from ifp_mlx.subnets.compact_models import SubNetwork
 
 
 def full_statistics(subnet: SubNetwork, stats: GenerationStats) -> str:

@@ -16,8 +16,8 @@ from ifp_mlx.errors import UsageError
 if TYPE_CHECKING:
     from rich.tree import Tree
 
-    from ifp_mlx.families import Family, Overlaps
-    from ifp_mlx.subnet_cache import CacheEntry
+    from ifp_mlx.selection.task_tree import Family, Overlaps
+    from ifp_mlx.subnets.task_cache import CacheEntry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +73,9 @@ def tasks(
 
 
 def _groups() -> list[_Group]:
-    from ifp_mlx.families import family_tree, overlap_matrix
-    from ifp_mlx.home import subnet_cache_folder
-    from ifp_mlx.subnet_cache import SubNetCache
+    from ifp_mlx.selection.task_tree import family_tree, overlap_matrix
+    from ifp_mlx.storage.home import subnet_cache_folder
+    from ifp_mlx.subnets.task_cache import SubNetCache
 
     comparable: dict[Any, list[CacheEntry]] = {}
     for entry in SubNetCache(subnet_cache_folder()).entries():
@@ -141,7 +141,7 @@ def _draw(groups: list[_Group], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from ifp_mlx.files import atomic_path
+    from ifp_mlx.storage.files import atomic_path
 
     num_tasks = sum(len(group.entries) for group in groups)
     figure, every_axes = pyplot.subplots(

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from ifp_mlx.checkpoint import load_model, load_tokenizer, stored_tensors
 from ifp_mlx.convert.checkpoint_writer import copy_tokenizer_files, model_bytes, write_model
 from ifp_mlx.convert.gguf_conversion import converted_bytes, write_gguf_checkpoint
 from ifp_mlx.convert.gguf_reader import GGUFFile
 from ifp_mlx.convert.progress import Progress, no_progress
 from ifp_mlx.convert.quantize import Quantization, write_quantized
 from ifp_mlx.errors import CheckpointError
-from ifp_mlx.files import require_free_disk, staged_directory
-from ifp_mlx.origin import Origin, read_origin, write_origin
-from ifp_mlx.unit_major import write_side_file
+from ifp_mlx.slicing.unit_file import write_side_file
+from ifp_mlx.storage.checkpoint import load_model, load_tokenizer, stored_tensors
+from ifp_mlx.storage.files import require_free_disk, staged_directory
+from ifp_mlx.storage.origin import Origin, read_origin, write_origin
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 

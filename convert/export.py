@@ -7,17 +7,17 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ifp_mlx import ffn
-from ifp_mlx.checkpoint import load_model, load_tokenizer, read_config
 from ifp_mlx.convert.checkpoint_writer import copy_tokenizer_files, model_bytes, write_model
 from ifp_mlx.convert.model_card import ModelCard
 from ifp_mlx.convert.progress import Progress, no_progress
 from ifp_mlx.convert.quantize import Quantization, quantize_model
 from ifp_mlx.errors import ArchitectureError, UsageError
-from ifp_mlx.files import require_free_disk, staged_directory
-from ifp_mlx.origin import read_origin, write_origin
-from ifp_mlx.selection import Selection
-from ifp_mlx.subnetwork import with_cut_downs
+from ifp_mlx.selection.selection import Selection
+from ifp_mlx.slicing.compact import with_cut_downs
+from ifp_mlx.storage.checkpoint import load_model, load_tokenizer, read_config
+from ifp_mlx.storage.files import require_free_disk, staged_directory
+from ifp_mlx.storage.origin import read_origin, write_origin
+from ifp_mlx.units import ffn
 
 SELECTION_FILE = "ifp/selection.safetensors"
 # Families whose config.json can give the FFN's linear layers a bias.

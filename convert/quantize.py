@@ -8,12 +8,12 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from ifp_mlx.checkpoint import load_model, load_tokenizer, stored_tensors
 from ifp_mlx.convert.checkpoint_writer import copy_tokenizer_files, write_model
 from ifp_mlx.convert.progress import Progress, no_progress
 from ifp_mlx.errors import CheckpointError, UsageError
-from ifp_mlx.files import require_free_disk, staged_directory
-from ifp_mlx.origin import read_origin, write_origin
+from ifp_mlx.storage.checkpoint import load_model, load_tokenizer, stored_tensors
+from ifp_mlx.storage.files import require_free_disk, staged_directory
+from ifp_mlx.storage.origin import read_origin, write_origin
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUP_SIZES = (32, 64, 128)

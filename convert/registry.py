@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from ifp_mlx.errors import CheckpointError
-from ifp_mlx.home import models_folder
+from ifp_mlx.storage.home import models_folder
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from ifp_mlx.convert.progress import Progress, folder_growth
 from ifp_mlx.convert.registry import WheelSource
 from ifp_mlx.errors import DownloadError, ResourceError
-from ifp_mlx.files import require_free_disk
+from ifp_mlx.storage.files import require_free_disk
 
 _CHUNK_BYTES = 1 << 20
 

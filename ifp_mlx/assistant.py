@@ -12,27 +12,29 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ifp_mlx import checkpoint, ffn, selector_choice
-from ifp_mlx.adapter import Adapter, load_adapter
-from ifp_mlx.base_model import (
+from ifp_mlx.adapters.adapter import Adapter, load_adapter
+from ifp_mlx.adapters.shipped import find_side_file
+from ifp_mlx.errors import AdapterError, ResourceError, SelectionError, UsageError
+from ifp_mlx.selection.calibration import Calibration
+from ifp_mlx.selection.selection import Selection, Selector, select
+from ifp_mlx.storage import checkpoint
+from ifp_mlx.subnets import selector_choice
+from ifp_mlx.subnets.base_model import (
     DEFAULT_CONTEXT_TOKENS,
     BaseModel,
     open_base_model,
     total_parameters,
 )
-from ifp_mlx.calibration import Calibration
-from ifp_mlx.compact_models import CompactModels, SubNetwork, dense_identity
-from ifp_mlx.compact_store import CompactStore, module_digest, selection_digest
-from ifp_mlx.config import round_keep_ratio
-from ifp_mlx.errors import AdapterError, ResourceError, SelectionError, UsageError
-from ifp_mlx.selection import Selection, Selector, select
-from ifp_mlx.shipped import find_side_file
-from ifp_mlx.subnet_cache import CacheKey, SubNetCache, fold_task
+from ifp_mlx.subnets.compact_models import CompactModels, SubNetwork, dense_identity
+from ifp_mlx.subnets.compact_store import CompactStore, module_digest, selection_digest
+from ifp_mlx.subnets.task_cache import CacheKey, SubNetCache, fold_task
+from ifp_mlx.units import ffn
+from ifp_mlx.units.amounts import round_keep_ratio
 
 if TYPE_CHECKING:  # mlx-lm takes seconds to import: ``load`` does so beside its own work
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from ifp_mlx.conversation import Conversation, KVCacheOptions, Message
+    from ifp_mlx.chat.conversation import Conversation, KVCacheOptions, Message
 
 DEFAULT_KEEP_RATIO = 2 / 3
 """Without an adapter, below two thirds of the units a small model loses too much (README)."""
@@ -370,7 +372,7 @@ class Assistant:
         kv_options: "KVCacheOptions | None" = None,
     ) -> "Conversation":
         """Return a conversation that a sub-network answers."""
-        from ifp_mlx.conversation import Conversation
+        from ifp_mlx.chat.conversation import Conversation
 
         return Conversation(
             subnet.model,

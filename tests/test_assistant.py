@@ -6,12 +6,12 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from ifp_mlx import checkpoint
 from ifp_mlx.assistant import Assistant
-from ifp_mlx.calibration import CalibrationExample, calibrate
-from ifp_mlx.conversation import SamplingOptions
+from ifp_mlx.chat.conversation import SamplingOptions
 from ifp_mlx.errors import CheckpointError, ResourceError, SelectionError, UsageError
-from ifp_mlx.subnet_cache import SubNetCache
+from ifp_mlx.selection.calibration import CalibrationExample, calibrate
+from ifp_mlx.storage import checkpoint
+from ifp_mlx.subnets.task_cache import SubNetCache
 
 CheckpointFactory = Callable[..., Path]
 TASK = "help me write Python"

@@ -8,8 +8,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from ifp_mlx.checkpoint import load_model
 from ifp_mlx.convert.conversion import convert_checkpoint
+from ifp_mlx.storage.checkpoint import load_model
 
 torch = pytest.importorskip("torch", reason="parity tests need PyTorch")
 pytestmark = pytest.mark.parity

@@ -11,11 +11,11 @@ import mlx.nn as nn
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from ifp_mlx import ffn
-from ifp_mlx.masking import top_k_indices
-from ifp_mlx.predictor import SparsityPredictor
-from ifp_mlx.selection import Selection
-from ifp_mlx.subnetwork import ResidentUnits, compact_skeleton, fill_layers
+from ifp_mlx.selection.masks import top_k_indices
+from ifp_mlx.selection.predictor import SparsityPredictor
+from ifp_mlx.selection.selection import Selection
+from ifp_mlx.slicing.compact import ResidentUnits, compact_skeleton, fill_layers
+from ifp_mlx.units import ffn
 
 PREFILL_STEP_SIZE = 8192
 """Prompt tokens in one forward pass; of longer prompts, chunks, all in one evaluation."""

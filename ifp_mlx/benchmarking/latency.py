@@ -9,7 +9,6 @@ import dataclasses
 import mlx.core as mx
 import mlx.nn as nn
 
-from ifp_mlx import ffn
 from ifp_mlx.benchmarking.generation import (
     decode,
     decode_with_mlx_lm,
@@ -22,8 +21,9 @@ from ifp_mlx.benchmarking.generation import (
 )
 from ifp_mlx.benchmarking.shapes import is_mixture, num_bytes, num_parameters
 from ifp_mlx.benchmarking.timing import Repeats, Timing, Work, measure, measure_in_turns
-from ifp_mlx.predictor import SparsityPredictor
-from ifp_mlx.subnetwork import slice_model
+from ifp_mlx.selection.predictor import SparsityPredictor
+from ifp_mlx.slicing.compact import slice_model
+from ifp_mlx.units import ffn
 
 DENSE = "dense source"
 SMALL = "dense of the compact shape"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ifp_mlx.files import write_bytes_atomically
+from ifp_mlx.storage.files import write_bytes_atomically
 
 Fact = str | int | float | None
 

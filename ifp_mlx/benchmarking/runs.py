@@ -9,7 +9,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ifp_mlx import checkpoint
 from ifp_mlx.benchmarking.latency import Row, Subjects, Workload, measure_latency
 from ifp_mlx.benchmarking.report import document
 from ifp_mlx.benchmarking.shapes import (
@@ -24,8 +23,9 @@ from ifp_mlx.benchmarking.slicing import measure_slicing
 from ifp_mlx.benchmarking.switching import measure_switching
 from ifp_mlx.benchmarking.timing import Repeats, copy_bandwidth, machine
 from ifp_mlx.errors import UsageError
-from ifp_mlx.gather import laid_out_for_slicing, with_unit_major_downs
-from ifp_mlx.subnetwork import compute_dtype
+from ifp_mlx.slicing.compact import compute_dtype
+from ifp_mlx.slicing.gather import laid_out_for_slicing, with_unit_major_downs
+from ifp_mlx.storage import checkpoint
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
 from ifp_mlx.errors import UsageError
-from ifp_mlx.predictor import PredictorHead, SparsityPredictor
+from ifp_mlx.selection.predictor import PredictorHead, SparsityPredictor
 
 QUANTIZATION_GROUP_SIZE = 64
 

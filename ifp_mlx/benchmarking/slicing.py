@@ -13,9 +13,9 @@ import mlx.core as mx
 from ifp_mlx.benchmarking.shapes import QUANTIZATION_GROUP_SIZE, Shape
 from ifp_mlx.benchmarking.timing import COPIES, Repeats, Timing, copy_works, measure_in_turns
 from ifp_mlx.errors import UsageError
-from ifp_mlx.gather import take_along_columns, take_rows
-from ifp_mlx.masking import top_k_indices
-from ifp_mlx.subnetwork import REQUANTIZED_DOWN_BITS
+from ifp_mlx.selection.masks import top_k_indices
+from ifp_mlx.slicing.compact import REQUANTIZED_DOWN_BITS
+from ifp_mlx.slicing.gather import take_along_columns, take_rows
 
 Arrays = list[mx.array]
 Gather = Callable[[], Arrays]

@@ -9,7 +9,6 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from ifp_mlx import ffn
 from ifp_mlx.benchmarking.generation import (
     first_token,
     first_token_of,
@@ -18,9 +17,10 @@ from ifp_mlx.benchmarking.generation import (
     started_by_layers,
 )
 from ifp_mlx.benchmarking.timing import Repeats, Timing, Work, measure_in_turns
-from ifp_mlx.predictor import SparsityPredictor
-from ifp_mlx.selection import Selection
-from ifp_mlx.subnetwork import slice_model
+from ifp_mlx.selection.predictor import SparsityPredictor
+from ifp_mlx.selection.selection import Selection
+from ifp_mlx.slicing.compact import slice_model
+from ifp_mlx.units import ffn
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,12 +9,12 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from ifp_mlx import ffn
-from ifp_mlx.calibration import Calibration
 from ifp_mlx.errors import UsageError
 from ifp_mlx.evaluation.quality import HeldOutExample
-from ifp_mlx.masking import top_k_indices
-from ifp_mlx.selection import Selection, Selector
+from ifp_mlx.selection.calibration import Calibration
+from ifp_mlx.selection.masks import top_k_indices
+from ifp_mlx.selection.selection import Selection, Selector
+from ifp_mlx.units import ffn
 
 Instruction = tuple[Selector, tuple[int, ...]]
 """What selects for an example: a selector, and the token ids that it reads."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from ifp_mlx.errors import UsageError
 from ifp_mlx.evaluation.overlap import Figures, Overlap
-from ifp_mlx.files import atomic_path
+from ifp_mlx.storage.files import atomic_path
 
 _DOTS_PER_INCH = 120
 

@@ -10,17 +10,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ifp_mlx import ffn
 from ifp_mlx.errors import DataError
-from ifp_mlx.predictor import pad_right
-from ifp_mlx.training.examples import ChatTokenizer, chat_ids, domain_of
-from ifp_mlx.training.losses import output_logits
-from ifp_mlx.training.records import (
+from ifp_mlx.selection.predictor import pad_right
+from ifp_mlx.text.examples import ChatTokenizer, chat_ids, domain_of
+from ifp_mlx.text.records import (
     BadLines,
     check_document,
     check_prompt_response,
     read_records,
 )
+from ifp_mlx.training.losses import output_logits
+from ifp_mlx.units import ffn
 
 DOCUMENT_PREFIX = "lm_"
 """Files of documents are named so; the others hold prompts and responses."""

@@ -7,9 +7,9 @@ A row is written ``SELECTOR[:ARGUMENT][+CHANGE]...[@KEEP]``: ``blend@0.5``,
 import dataclasses
 import re
 
-from ifp_mlx.config import check_keep_units, round_keep_ratio
 from ifp_mlx.errors import UsageError
-from ifp_mlx.selector_choice import READING_SELECTORS
+from ifp_mlx.subnets.selector_choice import READING_SELECTORS
+from ifp_mlx.units.amounts import check_keep_units, round_keep_ratio
 
 SELECTORS: dict[str, str] = {
     "dense": "all units",

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import mlx.nn as nn
 
-from ifp_mlx import ffn
-from ifp_mlx.calibration import Calibration
 from ifp_mlx.errors import UsageError
 from ifp_mlx.evaluation.controls import (
     Instruction,
@@ -19,8 +17,9 @@ from ifp_mlx.evaluation.controls import (
 )
 from ifp_mlx.evaluation.quality import DOCUMENT_PREFIX, HeldOutExample
 from ifp_mlx.evaluation.rows import Row
-from ifp_mlx.predictor import SparsityPredictor
-from ifp_mlx.selection import (
+from ifp_mlx.selection.calibration import Calibration
+from ifp_mlx.selection.predictor import SparsityPredictor
+from ifp_mlx.selection.selection import (
     DEFAULT_PRIOR_WEIGHT,
     BlendSelector,
     PredictorSelector,
@@ -29,8 +28,9 @@ from ifp_mlx.selection import (
     Selector,
     StaticSelector,
 )
-from ifp_mlx.subnetwork import slice_model
-from ifp_mlx.training.examples import ChatTokenizer, chat_ids
+from ifp_mlx.slicing.compact import slice_model
+from ifp_mlx.text.examples import ChatTokenizer, chat_ids
+from ifp_mlx.units import ffn
 
 if TYPE_CHECKING:
     from ifp_mlx.assistant import Assistant

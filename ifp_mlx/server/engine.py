@@ -22,12 +22,12 @@ from mlx_lm.server import (
 )
 
 from ifp_mlx.assistant import Assistant
-from ifp_mlx.compact_models import SubNetwork
-from ifp_mlx.conversation import PENALTY_CONTEXT_SIZE
+from ifp_mlx.chat.conversation import PENALTY_CONTEXT_SIZE
 from ifp_mlx.server.api_error import APIError
 from ifp_mlx.server.catalog import SubnetChoice
 from ifp_mlx.server.replies import Reply
 from ifp_mlx.server.requests import GenerationRequest, Sampling
+from ifp_mlx.subnets.compact_models import SubNetwork
 
 Prepare = Callable[[], tuple[Assistant, int]]
 """Returns the assistant and how many units of each layer it keeps."""

@@ -5,7 +5,7 @@ import json
 import math
 from typing import Any
 
-from ifp_mlx.conversation import Message
+from ifp_mlx.chat.conversation import Message
 from ifp_mlx.server.api_error import APIError
 
 MAX_STOP_STRINGS = 4

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ifp_mlx.errors import DataError, UsageError
-from ifp_mlx.files import atomic_path
+from ifp_mlx.storage.files import atomic_path
 
 _SMOOTHING = 0.9
 

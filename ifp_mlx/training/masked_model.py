@@ -6,10 +6,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ifp_mlx import ffn
 from ifp_mlx.errors import TrainingError
 from ifp_mlx.training.config import TrainingConfig
 from ifp_mlx.training.optimizer import FlatLayout, trainable
+from ifp_mlx.units import ffn
 
 
 class MaskedModel:

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ifp_mlx.errors import TrainingError
-from ifp_mlx.masking import hard_concrete, hard_concrete_l0, soft_top_k, top_k_mask
-from ifp_mlx.predictor import PredictorHead
+from ifp_mlx.selection.masks import hard_concrete, hard_concrete_l0, soft_top_k, top_k_mask
+from ifp_mlx.selection.predictor import PredictorHead
 from ifp_mlx.training.config import JointConfig, OptimizerConfig
 from ifp_mlx.training.losses import mean_pairwise_overlap
 from ifp_mlx.training.optimizer import AdamW, FlatLayout, learning_rate_at, trainable

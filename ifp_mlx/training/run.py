@@ -10,24 +10,24 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ifp_mlx import ffn
-from ifp_mlx.adapter import load_adapter, save_adapter
-from ifp_mlx.checkpoint import load_model, load_tokenizer
+from ifp_mlx.adapters.adapter import load_adapter, save_adapter
 from ifp_mlx.errors import ConfigError, DataError, TrainingError, UsageError
-from ifp_mlx.files import write_bytes_atomically
-from ifp_mlx.training.config import DataConfig, TrainingConfig
-from ifp_mlx.training.examples import (
+from ifp_mlx.storage.checkpoint import load_model, load_tokenizer
+from ifp_mlx.storage.files import write_bytes_atomically
+from ifp_mlx.text.examples import (
     ChatTokenizer,
     ExampleRules,
     ExampleSet,
     chat_ids,
     tokenise_files,
 )
+from ifp_mlx.text.records import BadLines
+from ifp_mlx.training.config import DataConfig, TrainingConfig
 from ifp_mlx.training.masked_model import training_dtype
-from ifp_mlx.training.records import BadLines
 from ifp_mlx.training.schedule import make_schedule
 from ifp_mlx.training.trainer import Report, Trainer
 from ifp_mlx.training.warm_start import WarmStart, make_warm_start
+from ifp_mlx.units import ffn
 
 LOG = "log.jsonl"
 

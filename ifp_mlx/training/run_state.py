@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from ifp_mlx.errors import TrainingError
-from ifp_mlx.files import staged_directory
+from ifp_mlx.storage.files import staged_directory
 
 if TYPE_CHECKING:
     from ifp_mlx.training.optimizer import AdamW

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ifp_mlx.errors import TrainingError
+from ifp_mlx.text.examples import ExampleSet
 from ifp_mlx.training.config import TrainingConfig
-from ifp_mlx.training.examples import ExampleSet
 
 _POOL_BATCHES = 48
 """Examples are sorted by length within pools of this many batches, then the batches shuffled."""

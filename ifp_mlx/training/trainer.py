@@ -12,11 +12,10 @@ import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from ifp_mlx import ffn
 from ifp_mlx.errors import TrainingError
-from ifp_mlx.predictor import PredictorHead, reader_features
+from ifp_mlx.selection.predictor import PredictorHead, reader_features
+from ifp_mlx.text.examples import ExampleSet
 from ifp_mlx.training.config import TrainingConfig
-from ifp_mlx.training.examples import ExampleSet
 from ifp_mlx.training.losses import training_loss
 from ifp_mlx.training.masked_model import MaskedModel
 from ifp_mlx.training.optimizer import AdamW, learning_rate_at
@@ -24,6 +23,7 @@ from ifp_mlx.training.predictor_step import Anchor, PredictorTrainer, centred
 from ifp_mlx.training.run_state import load_run_state, save_run_state
 from ifp_mlx.training.schedule import Batch, Step, example_weights, make_batch, make_schedule
 from ifp_mlx.training.warm_start import WarmStart
+from ifp_mlx.units import ffn
 
 _PROBE_EXAMPLES = 64
 _LOG_EVERY = 10

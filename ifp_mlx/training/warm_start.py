@@ -17,14 +17,19 @@ import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_map
 
-from ifp_mlx import ffn
 from ifp_mlx.errors import DataError, TrainingError
-from ifp_mlx.files import staged_directory
-from ifp_mlx.masking import standardised, top_k_mask
-from ifp_mlx.predictor import PredictorHead, instruction_window, pad_right, reader_features
+from ifp_mlx.selection.masks import standardised, top_k_mask
+from ifp_mlx.selection.predictor import (
+    PredictorHead,
+    instruction_window,
+    pad_right,
+    reader_features,
+)
+from ifp_mlx.storage.files import staged_directory
+from ifp_mlx.text.examples import ExampleSet
 from ifp_mlx.training.config import OptimizerConfig, WarmStartConfig
-from ifp_mlx.training.examples import ExampleSet
 from ifp_mlx.training.optimizer import AdamW, FlatLayout, learning_rate_at, trainable
+from ifp_mlx.units import ffn
 
 Progress = Callable[[dict[str, Any]], None]
 

@@ -231,7 +231,7 @@ def test_chat_message_longer_than_the_context_is_refused(ifp: Run, short_model: 
 def test_chat_message_without_a_reply_can_be_answered_later(
     ifp: Run, word_model: Path, words: str, home: Path
 ) -> None:
-    from ifp_mlx.sessions import Session, SessionSettings
+    from ifp_mlx.chat.session import Session, SessionSettings
 
     session = Session.new(home / "sessions", SessionSettings(model=str(word_model)), "cut")
     session.add_message("user", "lost question")
@@ -246,7 +246,7 @@ def test_chat_message_without_a_reply_can_be_answered_later(
 def test_chat_new_message_replaces_one_without_a_reply(
     ifp: Run, word_model: Path, words: str, home: Path
 ) -> None:
-    from ifp_mlx.sessions import Session, SessionSettings
+    from ifp_mlx.chat.session import Session, SessionSettings
 
     session = Session.new(home / "sessions", SessionSettings(model=str(word_model)), "cut")
     session.add_message("user", "lost question")

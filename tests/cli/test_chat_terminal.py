@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ifp_mlx.sessions import Session
+from ifp_mlx.chat.session import Session
 
 pytest.importorskip("pyte")
 OpenTerminal = Callable[..., AbstractContextManager[Any]]

@@ -121,7 +121,7 @@ def test_closed_pipe_ends_quietly(word_model: Path, tmp_path: Path) -> None:
 def test_shell_completion_knows_commands_models_and_chats(
     tmp_path: Path, words: str, position: str, expected: set[str]
 ) -> None:
-    from ifp_mlx.sessions import Session, SessionSettings
+    from ifp_mlx.chat.session import Session, SessionSettings
 
     (tmp_path / "models" / "small").mkdir(parents=True)
     (tmp_path / "models" / "small" / "config.json").write_text("{}")

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from ifp_mlx.calibration import Calibration
+from ifp_mlx.selection.calibration import Calibration
 
 Run = Callable[..., Any]
 RECORDS: list[dict[str, Any]] = [

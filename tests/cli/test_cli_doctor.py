@@ -30,9 +30,9 @@ def test_doctor_tells_what_fits(ifp: Run, pulled: Path, monkeypatch: pytest.Monk
     assert (model["name"], model["num_units"], model["largest_k"]) == ("small", 192, 192)
     assert "which fits" in ifp("doctor").stdout
     dense_bytes = model["dense_bytes"]
-    monkeypatch.setattr("ifp_mlx.memory.usable_memory_bytes", lambda: dense_bytes - 1000)
+    monkeypatch.setattr("ifp_mlx.subnets.memory.usable_memory_bytes", lambda: dense_bytes - 1000)
     assert "of 192 is the most that fits" in ifp("doctor").stdout
-    monkeypatch.setattr("ifp_mlx.memory.usable_memory_bytes", lambda: 1000)
+    monkeypatch.setattr("ifp_mlx.subnets.memory.usable_memory_bytes", lambda: 1000)
     assert "not even 64 units fit" in ifp("doctor").stdout
 
 
@@ -47,9 +47,11 @@ def test_doctor_names_a_damaged_model(ifp: Run, pulled: Path) -> None:
 def test_doctor_self_test_prints_a_block_without_private_paths(
     ifp: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ifp_mlx.self_test import Speed
+    from ifp_mlx.slicing.self_test import Speed
 
-    monkeypatch.setattr("ifp_mlx.self_test.measure_speed", lambda: [Speed(64, 1_000_000, 10.0)])
+    monkeypatch.setattr(
+        "ifp_mlx.slicing.self_test.measure_speed", lambda: [Speed(64, 1_000_000, 10.0)]
+    )
     outcome = ifp("doctor", "--self-test")
     assert outcome.code == 0
     assert outcome.stdout.startswith("```text\n")
@@ -59,10 +61,10 @@ def test_doctor_self_test_prints_a_block_without_private_paths(
 
 
 def test_doctor_self_test_that_fails_exits_1(ifp: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ifp_mlx.self_test import Check
+    from ifp_mlx.slicing.self_test import Check
 
-    monkeypatch.setattr("ifp_mlx.self_test.run_checks", lambda: [Check("sums", 1.0, 0.5)])
-    monkeypatch.setattr("ifp_mlx.self_test.measure_speed", lambda: [])
+    monkeypatch.setattr("ifp_mlx.slicing.self_test.run_checks", lambda: [Check("sums", 1.0, 0.5)])
+    monkeypatch.setattr("ifp_mlx.slicing.self_test.measure_speed", lambda: [])
     outcome = ifp("doctor", "--self-test")
     assert outcome.code == 1
     assert "FAIL sums: 1 (limit 5e-01)" in outcome.stdout

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from ifp_mlx import checkpoint
+from ifp_mlx.storage import checkpoint
 
 Run = Callable[..., Any]
 

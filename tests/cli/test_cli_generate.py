@@ -59,7 +59,7 @@ def test_generate_penalizes_repetition_as_mlx_lm_does(
 def test_generate_joins_prompt_and_piped_text(
     ifp: Run, word_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ifp_mlx.conversation import Conversation
+    from ifp_mlx.chat.conversation import Conversation
 
     asked: list[str] = []
 

@@ -10,14 +10,14 @@ from typing import Any
 import openai
 import pytest
 
-from ifp_mlx import checkpoint
 from ifp_mlx.assistant import Assistant
-from ifp_mlx.calibration import CalibrationExample, calibrate
-from ifp_mlx.conversation import SamplingOptions
+from ifp_mlx.chat.conversation import SamplingOptions
+from ifp_mlx.selection.calibration import CalibrationExample, calibrate
 from ifp_mlx.server.catalog import ModelCatalog
 from ifp_mlx.server.engine import Engine, EngineOptions
 from ifp_mlx.server.http import Limits, Server
 from ifp_mlx.server.requests import RequestDefaults
+from ifp_mlx.storage import checkpoint
 
 NUM_KEPT_UNITS = 64
 TASKS = {"python-helper": "help me write Python", "mail": "write friendly e-mails to my aunt"}

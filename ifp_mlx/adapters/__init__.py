@@ -1,0 +1,1 @@
+"""IFP adapters: what training changed in a model, and those that this package ships."""

@@ -1,0 +1,1 @@
+"""Conversations: what was said, its KV cache, how tokens are drawn."""

@@ -1,0 +1,1 @@
+"""From an instruction to the units that are kept: scores, top-k, selectors."""

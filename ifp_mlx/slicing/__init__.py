@@ -1,0 +1,1 @@
+"""From a selection to a compact model: in memory or straight from the disk."""

@@ -1,0 +1,84 @@
+"""A check of the quantized kernels, once a process, before anyone trusts their answers.
+
+Wrong results of a kernel are silent. A few rows are multiplied with the kernel in use and with
+their dequantized values; where the two disagree, the model is dequantized instead.
+"""
+
+import functools
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ifp_mlx.slicing.compact import dequantized, slice_rows
+
+_ROWS = 64
+# One token takes the matrix-vector kernel, several the matrix-matrix kernel.
+_TOKENS = (1, 33)
+_TOLERANCE = 0.02  # half-precision sums over a few thousand values stay below 0.005
+
+
+def check_quantized_kernels(model: nn.Module, on_warning: Callable[[str], None]) -> nn.Module:
+    """Return ``model``, or its dequantized copy where a kernel that it uses is wrong. Evaluates.
+
+    Each quantization that occurs is checked once a process, on the first layer that has it.
+
+    Args:
+        model: not changed.
+        on_warning: called with a line when a kernel is wrong.
+    """
+    for linear in _first_of_each_kind(model):
+        if not _is_right(linear):
+            on_warning(
+                f"the {linear.bits}-bit {linear.mode} kernel of this machine gives wrong results; "
+                "using dequantized weights, which take more memory. Please report it"
+            )
+            return _dequantized_copy(model)
+    return model
+
+
+def kernel_error(linear: nn.Module) -> float:
+    """Return the worst relative error of a quantized layer's kernel on a few rows. Evaluates."""
+    rows = slice_rows(linear, mx.arange(min(_ROWS, linear.weight.shape[0])))
+    weight = dequantized(rows, mx.float32)  # (rows, D)
+    dtype = linear.scales.dtype if linear.mode == "affine" else mx.bfloat16
+    worst = 0.0
+    for num_tokens in _TOKENS:
+        inputs = mx.random.normal((num_tokens, weight.shape[1]), key=mx.random.key(num_tokens))
+        expected = inputs.astype(dtype).astype(mx.float32) @ weight.T
+        if "bias" in rows:
+            expected = expected + rows.bias
+        difference = mx.linalg.norm(rows(inputs.astype(dtype)).astype(mx.float32) - expected)
+        error = difference / mx.linalg.norm(expected)
+        worst = max(worst, float(error.item()))  # type: ignore[arg-type]
+    return worst
+
+
+def _first_of_each_kind(model: nn.Module) -> list[nn.Module]:
+    kinds: dict[tuple[str, int, int], nn.Module] = {}
+    for module in model.modules():
+        if isinstance(module, nn.QuantizedLinear):
+            kinds.setdefault((module.mode, module.bits, module.group_size), module)
+    return list(kinds.values())
+
+
+@functools.cache
+def _checked() -> dict[tuple[str, int, int], bool]:
+    return {}
+
+
+def _is_right(linear: nn.Module) -> bool:
+    kind = (linear.mode, linear.bits, linear.group_size)
+    if kind not in _checked():
+        _checked()[kind] = kernel_error(linear) < _TOLERANCE
+    return _checked()[kind]
+
+
+def _dequantized_copy(model: nn.Module) -> nn.Module:
+    from mlx_lm.utils import dequantize_model
+
+    from ifp_mlx.units.ffn import clone_module
+
+    plain: nn.Module = dequantize_model(clone_module(model))
+    mx.eval(plain.parameters())
+    return plain

@@ -1,0 +1,1 @@
+"""Sub-networks ready to answer: cached by task, kept on disk, sized before they are loaded."""

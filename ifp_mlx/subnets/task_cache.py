@@ -1,0 +1,346 @@
+"""Selected sub-networks on disk, keyed by task description.
+
+An entry is one safetensors file that holds the selected indices (not the weights: those are a
+gather away, and ``compact_store`` keeps them where they are small) and says in its header what they
+were selected for. There is no central index: the folder is the cache. Files are replaced whole, two
+processes that want one key wait for each other, and an entry that cannot be read is moved aside and
+made again.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import time
+import unicodedata
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import cast
+
+import filelock
+
+from ifp_mlx.errors import CacheError, SelectionError
+from ifp_mlx.selection.selection import Selection
+from ifp_mlx.storage.arrays import load_arrays
+from ifp_mlx.subnets import compact_store
+
+DEFAULT_MAX_BYTES = 256 * 10**6  # about 2,000 sub-networks of the default model
+FORMAT_VERSION = "1"
+_SUFFIX = ".safetensors"
+_REQUANTIZATION_ERROR = "requantization_error"  # fields of the header
+_NUM_EXAMPLES = "num_examples"
+_LOCK_TIMEOUT_S = 120.0
+_MIN_PREFIX = 4
+
+
+def fold_task(task: str) -> str:
+    """Return a task description as it is compared: NFC, each run of white space one space."""
+    return " ".join(unicodedata.normalize("NFC", task).split())
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheKey:
+    """Everything that a selection depends on.
+
+    Attributes:
+        task: the description; folded before it is compared.
+        base: fingerprint of the checkpoint.
+        adapter: fingerprint of the IFP adapter, empty without one.
+        selector: name of the selector.
+        selector_version: changes whenever the same input may give other scores.
+        num_kept_units: K.
+    """
+
+    task: str
+    base: str
+    adapter: str
+    selector: str
+    selector_version: str
+    num_kept_units: int
+
+    def fields(self) -> dict[str, str]:
+        """Return the fields as text, the task folded: what a file's header holds."""
+        values = {name: str(value) for name, value in dataclasses.asdict(self).items()}
+        return {**values, "task": fold_task(self.task)}
+
+    @property
+    def digest(self) -> str:
+        """The file name: a hash of every field."""
+        text = json.dumps(self.fields(), sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheEntry:
+    """One cached sub-network, as its file describes it.
+
+    Attributes:
+        key: what it was selected for.
+        num_units: F of the dense model.
+        model_name: the checkpoint's folder name, for people.
+        created_s: seconds since 1970.
+        last_used_s: seconds since 1970; the file's modification time.
+        size_bytes: of the file.
+        path: the file.
+        requantization_error: relative error of quantizing its columns of down projections again,
+            0 where that was not needed; None if it was never cut.
+        num_examples: inputs of the task that selected along with its description.
+    """
+
+    key: CacheKey
+    num_units: int
+    model_name: str
+    created_s: float
+    last_used_s: float
+    size_bytes: int
+    path: Path
+    requantization_error: float | None
+    num_examples: int = 0
+
+    def load(self) -> Selection:
+        """Return the selection.
+
+        Raises:
+            SelectionError: the file is damaged.
+        """
+        return Selection.load(self.path)[0]
+
+
+class SubNetCache:
+    """The sub-networks in one folder, least recently used first out.
+
+    Args:
+        folder: created when the first entry is stored.
+        max_bytes: entries beyond this are removed when one is added.
+        on_warning: called with one line when a damaged entry was moved aside.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        *,
+        on_warning: Callable[[str], None] = lambda line: None,
+    ):
+        self.folder = folder
+        self.max_bytes = max_bytes
+        self._on_warning = on_warning
+
+    @property
+    def compact_folder(self) -> Path:
+        """Where the weights of sub-networks are kept, for models so small that it is cheap."""
+        return self.folder / "weights"
+
+    @contextlib.contextmanager
+    def lock(self, key: CacheKey) -> Iterator[None]:
+        """Hold one key's lock, so that two processes do not select for it at the same time.
+
+        Raises:
+            CacheError: the folder cannot be written, or another process holds the lock for minutes.
+        """
+        lock_path = self.folder / f".{key.digest}.lock"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with filelock.FileLock(lock_path, timeout=_LOCK_TIMEOUT_S):
+                yield
+        except filelock.Timeout as error:
+            raise CacheError(f"another process has held {lock_path} for minutes") from error
+        except OSError as error:
+            raise CacheError(f"cannot use the cache {self.folder}: {error.strerror}") from error
+
+    def get(self, key: CacheKey) -> Selection | None:
+        """Return the selection stored for ``key``, or None. Counts as a use.
+
+        A file that is damaged, or that says it belongs to another key, is moved to the folder's
+        ``quarantine`` and reported; the caller makes it again.
+        """
+        path = self._path(key)
+        if not path.exists():
+            return None
+        try:
+            selection, header = Selection.load(path)
+            if any(header.get(name) != value for name, value in key.fields().items()):
+                raise SelectionError(f"{path} belongs to another task or model")
+        except SelectionError as error:
+            self._quarantine(path, str(error))
+            return None
+        with contextlib.suppress(OSError):  # a read-only cache still serves
+            os.utime(path)
+        return selection
+
+    def put(
+        self, key: CacheKey, selection: Selection, model_name: str, *, num_examples: int = 0
+    ) -> CacheEntry:
+        """Store a selection, then remove the least recently used entries beyond the byte budget.
+
+        The weights of a selection that it replaces go, too.
+
+        Raises:
+            ResourceError: the disk is full or the folder cannot be written; nothing is left behind.
+        """
+        header = {
+            **key.fields(),
+            "format_version": FORMAT_VERSION,
+            "model_name": model_name,
+            "created_s": repr(time.time()),
+            _NUM_EXAMPLES: str(num_examples),
+        }
+        path = self._path(key)
+        replaced = None
+        with contextlib.suppress(SelectionError):  # damaged, or none
+            replaced = Selection.load(path)[0] if path.exists() else None
+        selection.save(path, header)
+        if replaced is not None:
+            compact_store.remove(self.compact_folder, replaced)
+        self.prune(self.max_bytes, keep=path)
+        return self._read_entry(path)
+
+    def note_requantization_error(self, key: CacheKey, error: float) -> None:
+        """Write into an entry, if there is one, what quantizing its columns again cost.
+
+        Raises:
+            ResourceError: the disk is full or the folder cannot be written.
+        """
+        path = self._path(key)
+        if not path.exists():
+            return
+        with contextlib.suppress(SelectionError):  # damaged since: the next ``get`` reports it
+            selection, header = Selection.load(path)
+            if header.get(_REQUANTIZATION_ERROR) != repr(error):
+                selection.save(path, {**header, _REQUANTIZATION_ERROR: repr(error)})
+
+    def entries(self) -> list[CacheEntry]:
+        """Return every readable entry, most recently used first."""
+        found = []
+        for path in self._files():
+            with contextlib.suppress(CacheError):
+                found.append(self._read_entry(path))
+        return sorted(found, key=lambda entry: -entry.last_used_s)
+
+    def find(self, text: str) -> CacheEntry:
+        """Return the entry whose task is ``text``, or whose key starts with it.
+
+        Raises:
+            CacheError: none or several do.
+        """
+        entries = self.entries()
+        task = fold_task(text)
+        found = [entry for entry in entries if entry.key.task == task]
+        if not found and len(text) >= _MIN_PREFIX:
+            found = [entry for entry in entries if entry.path.stem.startswith(text)]
+        if len(found) == 1:
+            return found[0]
+        if not found:
+            raise CacheError(f"no cached sub-network for {text!r}; ifp cache list shows them all")
+        keys = ", ".join(entry.path.stem[:8] for entry in found)
+        raise CacheError(
+            f"{text!r} names {len(found)} cached sub-networks; take one key of: {keys}"
+        )
+
+    def find_overlapping(
+        self, key: CacheKey, selection: Selection, threshold: float
+    ) -> tuple[str, float, Selection] | None:
+        """Return the cached sub-network that shares the most units with a selection.
+
+        Args:
+            key: what the selection is for; only entries that differ in nothing but the task count.
+            selection: what was selected for it.
+            threshold: the smallest share of units in common, mean over layers.
+
+        Returns:
+            (task, overlap, selection) of the nearest entry, or None if none is that near.
+        """
+        best: tuple[str, float, Selection] | None = None
+        for entry in self.entries():
+            if dataclasses.replace(entry.key, task=key.task) != key:
+                continue
+            other = entry.load()
+            overlap = cast(float, selection.overlap(other).mean().item())
+            if overlap >= threshold and (best is None or overlap > best[1]):
+                best = (entry.key.task, overlap, other)
+        return best
+
+    def remove(self, entry: CacheEntry) -> None:
+        """Delete an entry; one that is gone already is no error.
+
+        Raises:
+            CacheError: the file cannot be deleted.
+        """
+        with contextlib.suppress(SelectionError):  # damaged, or gone already
+            compact_store.remove(self.compact_folder, entry.load())
+        try:
+            entry.path.unlink(missing_ok=True)
+            entry.path.with_name(f".{entry.path.stem}.lock").unlink(missing_ok=True)
+        except OSError as error:
+            raise CacheError(f"cannot delete {entry.path}: {error.strerror}") from error
+
+    def prune(self, max_bytes: int, *, keep: Path | None = None) -> list[CacheEntry]:
+        """Remove the least recently used entries until the rest fits, and return them.
+
+        Args:
+            max_bytes: budget for all entries together.
+            keep: an entry that stays whatever the budget says.
+        """
+        removed = []
+        entries = self.entries()
+        total_bytes = sum(entry.size_bytes for entry in entries)
+        for entry in reversed(entries):
+            if total_bytes <= max_bytes:
+                break
+            if entry.path == keep:
+                continue
+            self.remove(entry)
+            total_bytes -= entry.size_bytes
+            removed.append(entry)
+        return removed
+
+    def verify(self) -> list[str]:
+        """Read every entry whole, move damaged ones aside, return one line for each of those."""
+        problems = []
+        for path in self._files():
+            try:
+                entry = self._read_entry(path)
+                entry.load()
+                if entry.key.digest != path.stem:
+                    raise CacheError(f"{path} does not hold what its name says")
+            except (CacheError, SelectionError) as error:
+                self._quarantine(path, str(error))
+                problems.append(str(error))
+        return problems
+
+    def _path(self, key: CacheKey) -> Path:
+        return self.folder / f"{key.digest}{_SUFFIX}"
+
+    def _files(self) -> list[Path]:
+        return sorted(p for p in self.folder.glob(f"*{_SUFFIX}") if not p.name.startswith("."))
+
+    def _quarantine(self, path: Path, reason: str) -> None:
+        target = self.folder / "quarantine" / path.name
+        with contextlib.suppress(OSError):  # another process may have moved it first
+            target.parent.mkdir(exist_ok=True)
+            path.replace(target)
+        self._on_warning(f"moved a damaged cache entry to {target}: {reason}")
+
+    def _read_entry(self, path: Path) -> CacheEntry:
+        try:
+            _, header = load_arrays(path)  # lazy: the header only
+            if header.get("format_version") != FORMAT_VERSION:
+                raise CacheError(f"{path} has another format")
+            status = path.stat()
+            names = [field.name for field in dataclasses.fields(CacheKey)]
+            fields = {name: header[name] for name in names}
+            error = header.get(_REQUANTIZATION_ERROR)
+            return CacheEntry(
+                key=CacheKey(**{**fields, "num_kept_units": int(header["num_kept_units"])}),  # type: ignore[arg-type]
+                num_units=int(header["num_units"]),
+                model_name=header["model_name"],
+                created_s=float(header["created_s"]),
+                last_used_s=status.st_mtime,
+                size_bytes=status.st_size,
+                path=path,
+                requantization_error=None if error is None else float(error),
+                num_examples=int(header.get(_NUM_EXAMPLES, "0")),  # older entries have none
+            )
+        except (ValueError, KeyError, OSError) as error:
+            raise CacheError(f"{path} is not a cache entry: {error}") from error

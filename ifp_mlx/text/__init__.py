@@ -1,0 +1,1 @@
+"""Text for training, calibration and measuring, from files or the hub."""

@@ -1,0 +1,133 @@
+"""Records from JSON-lines files or the hub: one clear error with file and line."""
+
+import collections
+import json
+import lzma
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ifp_mlx.errors import DataError
+from ifp_mlx.text.hub_records import HubSource
+
+MAX_LINE_BYTES = 4_000_000
+"""A longer line is a damaged file rather than an example."""
+
+
+class BadLines:
+    """What to do with lines that cannot be used: stop at the first, or skip and count.
+
+    Attributes:
+        skip: skip instead of stopping.
+        counts: reason -> number of lines skipped so far.
+    """
+
+    def __init__(self, *, skip: bool = False):
+        self.skip = skip
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def report(self, path: Path, line_number: int, reason: str) -> None:
+        """Count a bad line.
+
+        Raises:
+            DataError: lines are not to be skipped; the message has file and line.
+        """
+        if not self.skip:
+            raise DataError(
+                f"{path}:{line_number}: {reason}; fix the line, or pass --skip-bad-lines"
+            )
+        self.counts[reason] += 1
+
+
+def read_records(
+    path: Path, check: Callable[[dict[str, Any]], str | None], bad: BadLines
+) -> Iterator[dict[str, Any]]:
+    """Yield the records of a .jsonl or .jsonl.xz file, or of a data set of the hub, in order.
+
+    Args:
+        path: the file, or ``hub:OWNER/NAME[:SPLIT]``.
+        check: returns why a record cannot be used, or None.
+        bad: what to do with lines that cannot.
+
+    Raises:
+        DataError: the file is missing, damaged or holds no usable record.
+    """
+    good = 0
+    hub = HubSource.parse(path)
+    for number, record, reason in _rows(hub) if hub else _lines(path):
+        reason = reason or check(record)
+        if reason is not None:
+            bad.report(path, number, reason)
+            continue
+        good += 1
+        yield record
+    if not good:
+        raise DataError(f"{path} holds no usable record")
+
+
+def _rows(hub: HubSource) -> Iterator[tuple[int, dict[str, Any], str | None]]:
+    for number, row in enumerate(hub.rows(), start=1):
+        yield number, row, None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any], str | None]]:
+    """Yield (line number, record, why it is none) of the lines with something on them."""
+    try:
+        with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
+            number = 0
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if len(line) > MAX_LINE_BYTES:
+                    while line and not line.endswith(b"\n"):
+                        line = file.readline(MAX_LINE_BYTES)
+                    yield number, {}, f"line over {MAX_LINE_BYTES} bytes"
+                elif line.strip():
+                    yield number, *_parse(line)
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def is_usable_text(value: object) -> bool:
+    """Tell whether a field is a string with something in it."""
+    return isinstance(value, str) and bool(value.strip())
+
+
+def check_prompt_response(record: dict[str, Any]) -> str | None:
+    """Return why a record is not prompt and response, nor a ``messages`` conversation."""
+    if "messages" in record:
+        return _check_messages(record["messages"])
+    for field in ("prompt", "response"):
+        if not is_usable_text(record.get(field)):
+            return f"field {field!r} is missing or empty"
+    return None
+
+
+def check_document(record: dict[str, Any]) -> str | None:
+    """Return why a record is not a document."""
+    return None if is_usable_text(record.get("text")) else "field 'text' is missing or empty"
+
+
+def _check_messages(messages: object) -> str | None:
+    if not isinstance(messages, list) or not messages:
+        return "field 'messages' is not a list of messages"
+    for message in messages:
+        if not isinstance(message, dict) or not is_usable_text(message.get("content")):
+            return "a message has no content"
+        if message.get("role") not in ("system", "user", "assistant"):
+            return f"a message has the role {message.get('role')!r}"
+    roles = [message["role"] for message in messages]
+    if "user" not in roles or "assistant" not in roles[roles.index("user") :]:
+        return "a conversation needs a user message and an answer to it"
+    return None
+
+
+def _parse(line: bytes) -> tuple[dict[str, Any], str | None]:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        return {}, "not UTF-8"
+    except (ValueError, RecursionError):
+        return {}, "not JSON"
+    if not isinstance(record, dict):
+        return {}, "not a JSON object"
+    return record, None

@@ -1,0 +1,1 @@
+"""What can be kept or left out of a model: kinds of units, model families, masks over units."""
