@@ -10,6 +10,7 @@ threads count). Ends with one JSON line.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import time
@@ -25,7 +26,7 @@ from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 
 from ifp_mlx.benchmarking.shapes import build_model, find_shape  # noqa: E402
 from ifp_mlx.benchmarking.timing import machine, measure  # noqa: E402
-from ifp_mlx.selection.selection import RandomSelector, select  # noqa: E402
+from ifp_mlx.selection.selectors import select_random  # noqa: E402
 from ifp_mlx.slicing.compact import slice_model  # noqa: E402
 
 GROUP_SIZE = 64
@@ -92,11 +93,10 @@ def main() -> None:
     options = parser.parse_args()
     shape = find_shape(options.shape, options.keep_units)
     config = {**shape.config, "num_hidden_layers": options.layers, "vocab_size": 4096}
-    direct_config = {**config, "intermediate_size": options.keep_units}
+    direct_config = dataclasses.replace(shape, config=config).compact_config()
     dtype = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
     dense = build_model(config, dtype)
-    selector = RandomSelector(options.layers, shape.num_units)
-    selection = select(selector, [1], options.keep_units)
+    selection = select_random(dense, options.keep_units)
     rows: dict[str, dict[str, float]] = {}
     print(f"{'':28} {'compact ms':>11} {'direct ms':>11} {'ratio':>7} {'fastest':>8} {'pairs':>7}")
     for bits in (16, 4):

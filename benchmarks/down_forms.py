@@ -20,9 +20,9 @@ import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 
 from ifp_mlx.benchmarking.timing import Repeats, Timing, machine, measure_in_turns  # noqa: E402
-from ifp_mlx.selection.masks import top_k_indices  # noqa: E402
+from ifp_mlx.selection.top_k import top_k_indices  # noqa: E402
 from ifp_mlx.slicing.whole_down import WholeDown  # noqa: E402
-from ifp_mlx.units.ffn import named_arrays, plain_linear  # noqa: E402
+from ifp_mlx.units.modules import plain_linear, stored_bytes  # noqa: E402
 
 SHAPES = ((576, 1536), (2048, 8192))  # D, F: of SmolLM2-135M and of the checkpoint in memory.py
 KEEP = (2 / 3, 1 / 2, 1 / 4)
@@ -78,7 +78,7 @@ def main() -> None:
             forms = down_forms(hidden_size, num_units, num_kept)
             timings = [time_forms(forms, tokens, num_kept, options.repeats) for tokens in TOKENS]
             for name, form in forms.items():
-                megabytes = sum(array.nbytes for array in named_arrays(form).values()) / 1e6
+                megabytes = stored_bytes(form) / 1e6
                 one, many = (1000 * timing[name].median_s for timing in timings)
                 print(
                     f"{hidden_size:5} {num_units:5} {num_kept:5}  {name:8} {megabytes:7.2f} "

@@ -19,15 +19,9 @@ from pathlib import Path  # noqa: E402
 import ifp_mlx  # noqa: E402
 from ifp_mlx.assistant import Assistant  # noqa: E402
 from ifp_mlx.convert.registry import resolve_model  # noqa: E402
-from ifp_mlx.selection.selection import Selection  # noqa: E402
 
 THRESHOLDS = (0.70, 0.75, 0.80)
 DESCRIPTIONS = Path(ifp_mlx.__file__).parent / "data" / "task_descriptions.json"
-
-
-def overlap(one: Selection, other: Selection) -> float:
-    """Return the share of units in common, mean over layers."""
-    return float(one.overlap(other).mean().item())  # type: ignore[arg-type]
 
 
 def main() -> None:
@@ -51,15 +45,15 @@ def main() -> None:
         with (arguments.data / f"{domain}.jsonl").open() as file:
             prompts = [json.loads(next(file))["prompt"] for _ in range(arguments.prompts)]
         selected = [assistant.select_for(prompt, kept) for prompt in prompts]
-        own = [overlap(selection, tasks[domain]) for selection in selected]
+        own = [selection.mean_overlap(tasks[domain]) for selection in selected]
         others = [
-            overlap(selection, task)
+            selection.mean_overlap(task)
             for selection in selected
             for other, task in tasks.items()
             if other != domain
         ]
         rows[domain] = {"own": own, "others": others}
-    print(f"{assistant.selector_name}, K = {kept}, {arguments.prompts} prompts a domain\n")
+    print(f"{assistant.files.selector}, K = {kept}, {arguments.prompts} prompts a domain\n")
     print("| messages of | own task, lowest | own task, mean | other tasks, mean | highest |")
     print("|---|---|---|---|---|")
     for domain, row in rows.items():

@@ -41,7 +41,8 @@ def export(model: str, folder: Path) -> dict[str, Any]:
     from ifp_mlx.assistant import Assistant
     from ifp_mlx.chat.conversation import Conversation
     from ifp_mlx.convert.registry import resolve_model
-    from ifp_mlx.storage.checkpoint import load_model, load_tokenizer
+    from ifp_mlx.storage.tokenizer import load_tokenizer
+    from ifp_mlx.storage.weights import load_model
 
     command = [str(Path(sys.executable).with_name("ifp")), "export", "--model", model]
     command += ["--task", TASK, "--force", "-o"]
@@ -53,9 +54,9 @@ def export(model: str, folder: Path) -> dict[str, Any]:
     packed_model, config = load_model(packed)
     length = int(config["max_position_embeddings"])
     return {
-        "selector": subnet.selector,
+        "selector": str(subnet.selector),
         "num_kept_units": subnet.num_kept_units,
-        "num_layers": assistant.num_layers,
+        "num_layers": config["num_hidden_layers"],
         "hidden_size": config["hidden_size"],
         "plain": answers(lambda: assistant.converse(subnet)),
         "4-bits": answers(lambda: Conversation(packed_model, load_tokenizer(packed), length)),
@@ -64,15 +65,16 @@ def export(model: str, folder: Path) -> dict[str, Any]:
 
 def answers(converse: Callable[[], Any]) -> list[list[int]]:
     """Return the first tokens of a fresh conversation's reply to each prompt."""
-    from ifp_mlx.chat.conversation import SamplingOptions
+    from ifp_mlx.chat.sampling import SamplingOptions
 
     tokens = []
     for prompt in PROMPTS:
         conversation = converse()
-        for _ in conversation.reply(prompt, SamplingOptions(max_new_tokens=NEW_TOKENS + 1)):
+        message = [{"role": "user", "content": prompt}]
+        for _ in conversation.reply(message, SamplingOptions(max_new_tokens=NEW_TOKENS + 1)):
             pass
         start = conversation.stats.prompt_tokens
-        tokens.append(conversation.kv_token_ids[start : start + NEW_TOKENS])
+        tokens.append(conversation.kv_cache.token_ids[start : start + NEW_TOKENS])
     return tokens
 
 

@@ -4,8 +4,9 @@
 
 Counts the graphs that mlx builds for the Llama-3.1-8B shape and a Qwen2.5-0.5B-shaped predictor,
 narrow, because the width changes no count. Norm, rotation and attention count as one kernel each,
-which they are on an accelerator; views launch nothing. Also the time that building takes on the
-host, without evaluating: this machine's, not an accelerator host's.
+which they are on an accelerator; views launch nothing. Looking at results on the host is not
+counted. Also the time that building takes there, without evaluating: this machine's, not an
+accelerator host's.
 """
 
 import collections
@@ -17,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
 
-from ifp_mlx.benchmarking import generation, shapes
+from ifp_mlx.benchmarking import shapes
+from ifp_mlx.selection.selectors import select_random
+from ifp_mlx.selection.top_k import top_k_indices
 from ifp_mlx.slicing.compact import slice_model
-from ifp_mlx.slicing.gather import with_unit_major_downs
-from ifp_mlx.units import ffn
+from ifp_mlx.units.modules import unit_arrays, unit_shape
 
 VIEWS = {
     "Broadcast",
@@ -42,7 +45,7 @@ NARROW = {
     "head_dim": 16,
     "vocab_size": 512,
 }
-PROMPT = list(range(512))
+PROMPT = list(range(512))  # one piece of a prefill
 NUM_KEPT_UNITS = 64
 REPEATS = 50
 
@@ -86,18 +89,16 @@ def main() -> None:
     """Print a line for each stage."""
     use_stand_ins()
     dense = shapes.build_model({**shapes.SHAPES["llama-3.1-8b"].config, **NARROW}, mx.bfloat16)
-    source = with_unit_major_downs(dense)
     reader = {**shapes.PREDICTORS["qwen2.5-0.5b"], **NARROW}
-    predictor = shapes.build_predictor(reader, 32, NARROW["intermediate_size"], mx.bfloat16)
-    selection = generation.select_lazily(predictor, PROMPT, NUM_KEPT_UNITS)
-    mx.eval(source.parameters(), selection.indices)
-    compact = slice_model(source, selection)
+    predictor = shapes.build_predictor(reader, unit_shape(dense), mx.bfloat16)
+    selection = select_random(dense, NUM_KEPT_UNITS)
+    compact = slice_model(dense, selection)
     mx.eval(compact.parameters())
-    ids = mx.array(PROMPT)
+    ids = mx.array([PROMPT])
     stages: dict[str, Callable[[], Sequence[mx.array]]] = {
-        "selection": lambda: [generation.select_lazily(predictor, PROMPT, NUM_KEPT_UNITS).indices],
-        "slicing": lambda: ffn.ffn_arrays(slice_model(source, selection)),
-        "prefill": lambda: [generation.prefill(compact, ids)[0]],
+        "selection": lambda: [top_k_indices(predictor.scores_of(PROMPT), NUM_KEPT_UNITS)],
+        "slicing": lambda: list(unit_arrays(slice_model(dense, selection)).values()),
+        "prefill": lambda: [compact(ids, cache=make_prompt_cache(compact))[:, -1]],
     }
     for name, build in stages.items():
         counts = count(build())

@@ -29,7 +29,8 @@ Job = Callable[[int, Path], dict[str, Any]]
 
 DECODE_REPEATS = 5  # decoding takes seconds
 BIG_PREDICTOR = "qwen2.5-0.5b"
-PAPER = (Workload(4096), Workload(2048))
+SAMPLES = 4  # of one prompt, where decoding is measured with several
+PAPER = (Workload(4096, num_samples=SAMPLES), Workload(2048, num_samples=SAMPLES))
 GROWTH = tuple(Workload(tokens, new_tokens=0) for tokens in (512, 1024, 8192))
 
 
@@ -91,14 +92,13 @@ JOBS: dict[str, Job] = {
     "slicing-8b-4bit": slicing(options("llama-3.1-8b", 4)),
     "switch-8b-bf16": switching(options("llama-3.1-8b"), (1, 2, 5, 10, 20)),
     "wide-bf16": latency(
-        options("wide-8-layers"), (Workload(2048, 50), Workload(2048, 50, num_samples=1))
+        options("wide-8-layers"), (Workload(2048, 50, num_samples=SAMPLES), Workload(2048, 50))
     ),
     "8b-bf16-units": latency(
-        options("llama-3.1-8b", num_kept_units=K_SWEEP), (Workload(4096, 16),)
+        options("llama-3.1-8b", num_kept_units=K_SWEEP), (Workload(4096, 16, num_samples=SAMPLES),)
     ),
     "moe-bf16": latency(options("qwen1.5-moe-a2.7b"), PAPER),
-    "8b-bf16-one-sample": latency(options("llama-3.1-8b"), (Workload(2048, 100, num_samples=1),)),
-    "8b-bf16-as-loaded": latency(options("llama-3.1-8b", unit_major=False), (Workload(4096, 0),)),
+    "8b-bf16-one-sample": latency(options("llama-3.1-8b"), (Workload(2048),)),
     "slicing-9b-bf16": slicing(options("paper-9b")),
     "8b-bf16-small-predictor": latency(
         options("llama-3.1-8b", predictor="smollm2-135m"), (Workload(4096, 0),)

@@ -3,7 +3,8 @@
     python benchmarks/memory.py [CHECKPOINT] [--keep 0.25] [--max-tokens 2]
 
 Without a checkpoint it writes a synthetic one of 2.9 GB in a temporary folder and removes it.
-Each row is a fresh process: for ours the command ``ifp generate``. Peak is ru_maxrss, reads are
+Each row is a fresh process; ours calls what ``ifp generate`` calls, allowed as much memory as is
+predicted, so that the dense model is left on the disk. Peak is ru_maxrss, reads are
 ``rchar`` of /proc/self/io, less what the same program reads before it opens the model. PyTorch,
 which is no dependency, is hidden from all of them: where it is installed, transformers imports it.
 Linux only. Ends with one JSON line.
@@ -23,10 +24,9 @@ from typing import Any
 import mlx.core as mx
 from synthetic_checkpoint import write_checkpoint
 
-from ifp_mlx.slicing.unit_file import SIDE_FILE, write_side_file
-from ifp_mlx.storage import checkpoint
+from ifp_mlx.slicing.unit_file import UNIT_FILE, write_unit_file
+from ifp_mlx.storage.weights import automatic_dtype, load_model
 from ifp_mlx.subnets import memory
-from ifp_mlx.units.amounts import round_keep_ratio
 
 PROMPT = "Explain in a few words why the sky is blue."
 LIMIT_FACTOR, LIMIT_EXTRA_BYTES = 1.15, 300 * 10**6
@@ -58,16 +58,33 @@ generate(model, tokenizer, sys.argv[2], max_tokens=int(sys.argv[3]))
 report(before)
 """
 
-_OURS = """
+_IMPORTS = """
+from pathlib import Path
 import mlx_lm.generate
-from ifp_mlx.cli.app import run
-before = read_bytes()
-code = run(sys.argv[5:])
-report(before)
-sys.exit(code)
+from ifp_mlx.assistant import Assistant
+from ifp_mlx.chat.sampling import SamplingOptions
+from ifp_mlx.selection.spec import SelectorSpec
+from ifp_mlx.slicing.compact import CutOptions
 """
 
-_NOTHING = "import mlx_lm.generate\nfrom ifp_mlx.cli.app import run\nreport(0)\n"
+_OURS = (
+    _IMPORTS
+    + """
+path, prompt, (max_tokens, kept, context, limit) = sys.argv[1], sys.argv[2], map(int, sys.argv[3:7])
+before = read_bytes()
+assistant = Assistant.load(
+    Path(path),
+    selector=SelectorSpec(sys.argv[7]),
+    options=CutOptions(context_tokens=context, memory_bytes=limit),
+)
+subnet = assistant.subnetwork_for_prompt(prompt, kept)
+for _ in assistant.converse(subnet).complete(prompt, SamplingOptions(max_new_tokens=max_tokens)):
+    pass
+report(before)
+"""
+)
+
+_NOTHING = f"{_IMPORTS}report(0)\n"
 
 
 def measure(program: str, *arguments: str) -> tuple[int, int]:
@@ -87,17 +104,15 @@ def measure(program: str, *arguments: str) -> tuple[int, int]:
 
 
 def measure_all(path: Path, keep: float, max_tokens: int) -> dict[str, Any]:
-    """Return every row of the table for one checkpoint; its side file is made anew."""
-    stored, _ = checkpoint.load_model(path, lazy=True)
-    dtype = checkpoint.automatic_dtype(stored)
+    """Return every row of the table for one checkpoint; its unit file is made anew."""
+    stored, _ = load_model(path, lazy=True)
+    dtype = automatic_dtype(stored)
     sizes = memory.checkpoint_sizes(path, dtype)
-    kept = round_keep_ratio(keep, sizes.num_units)
+    kept = sizes.amounts.nearest(keep)
     context = len(PROMPT) + max_tokens  # at most a token a byte
     compact_bytes = sizes.predict(kept, context).weights_bytes
     kept_bytes = compact_bytes // (1 if dtype is None else sizes.item_bytes // 2)
-    common = (str(path), PROMPT, str(max_tokens), "float32" if dtype == mx.float32 else "stored")
-    generate = ["generate", PROMPT, "--raw", "--model", str(path), "--keep", str(keep)]
-    generate += ["--max-tokens", str(max_tokens), "--no-cache"]
+    common = (str(path), PROMPT, str(max_tokens))
     rows: dict[str, dict[str, Any]] = {}
 
     def add(name: str, figures: tuple[int, int], predicted: int | None) -> None:
@@ -111,22 +126,24 @@ def measure_all(path: Path, keep: float, max_tokens: int) -> dict[str, Any]:
 
     print(f"{'GB':44} {'peak':>9} {'predicted':>10} {'read':>9}")
     add("program alone", measure(_NOTHING), None)
-    add("mlx-lm, dense", measure(_DENSE, *common), None)
-    for side_file in (False, True):
-        (path / SIDE_FILE).unlink(missing_ok=True)
-        if side_file:
-            write_side_file(path)
-        how = "with side file" if side_file else "without side file"
+    dense_dtype = "float32" if dtype == mx.float32 else "stored"
+    add("mlx-lm, dense", measure(_DENSE, *common, dense_dtype), None)
+    for has_unit_file in (False, True):
+        (path / UNIT_FILE).unlink(missing_ok=True)
+        if has_unit_file:
+            write_unit_file(path)
+        how = "with unit file" if has_unit_file else "without unit file"
         predicted = memory.predict_peak_bytes(path, kept, context, dtype).total_bytes
+        amounts = [str(amount) for amount in (kept, context, predicted)]
         for selector in ("random", "prompt"):
-            figures = measure(_OURS, *common, *generate, "--selector", selector)
-            add(f"ifp generate, {selector} selector, {how}", figures, predicted)
+            figures = measure(_OURS, *common, *amounts, selector)
+            add(f"ifp, {selector} selector, {how}", figures, predicted)
     limit = int(LIMIT_FACTOR * compact_bytes) + LIMIT_EXTRA_BYTES
     print(f"compact weights {compact_bytes / 1e9:.3f} GB, limit of the peak {limit / 1e9:.3f} GB")
     print(f"kept bytes as stored {kept_bytes / 1e9:.3f} GB")
     return {
         "num_kept_units": kept,
-        "num_units": sizes.num_units,
+        "num_units": sizes.amounts.num_units,
         "compute": "as stored" if dtype is None else str(dtype),
         "compact_bytes": compact_bytes,
         "kept_stored_bytes": kept_bytes,

@@ -2,9 +2,9 @@
 
     python benchmarks/quantized_slicing.py CHECKPOINT [--keep-units 1024] [--random 3]
 
-For a Llama checkpoint in float32. Each quantization is what ``ifp quantize`` writes, with the side
+For a Llama checkpoint in float32. Each quantization is what ``ifp quantize`` writes, with the unit
 file of ``ifp prepare``; the units are those that a prompt selects, then random ones. Columns that
-are read through the side file must be those of the checkpoint bit for bit. All differences are
+are read through the unit file must be those of the checkpoint bit for bit. All differences are
 relative Frobenius norms, computed in float32 unless said otherwise:
 
 * FFN: the output of each layer's FFN for the same input, exact sub-network against the whole
@@ -42,12 +42,21 @@ from ifp_mlx.convert.quantize import (  # noqa: E402
     make_quantization,
     quantize_checkpoint,
 )
-from ifp_mlx.selection.selection import PromptSelector, RandomSelector, Selection, select  # noqa: E402
-from ifp_mlx.slicing.compact import slice_model, with_cut_downs  # noqa: E402
-from ifp_mlx.slicing.streaming import LoadedSubnetwork, load_subnetwork  # noqa: E402
-from ifp_mlx.slicing.unit_file import write_side_file  # noqa: E402
-from ifp_mlx.storage import checkpoint  # noqa: E402
-from ifp_mlx.units import ffn  # noqa: E402
+from ifp_mlx.selection.selection import Selection  # noqa: E402
+from ifp_mlx.selection.selectors import select, select_random  # noqa: E402
+from ifp_mlx.selection.spec import SelectorSpec  # noqa: E402
+from ifp_mlx.slicing.compact import (  # noqa: E402
+    CutModel,
+    CutOptions,
+    slice_model,
+    with_cut_downs,
+)
+from ifp_mlx.slicing.streaming import load_subnetwork  # noqa: E402
+from ifp_mlx.slicing.unit_file import write_unit_file  # noqa: E402
+from ifp_mlx.storage.weights import load_model  # noqa: E402
+from ifp_mlx.subnets.selectors import SelectorFiles, make_selector  # noqa: E402
+from ifp_mlx.units.masks import down_part, downs, set_unit_masks, with_unit_masks  # noqa: E402
+from ifp_mlx.units.modules import family_of, module_at, part_of, unit_layers  # noqa: E402
 
 QUANTIZATIONS = {
     "4 bits": make_quantization(bits=4, group_size=32),
@@ -55,7 +64,7 @@ QUANTIZATIONS = {
     "mxfp4": make_quantization(mode="mxfp4"),
 }
 TOKEN_IDS = [1, 504, 3575, 6354, 253, 2232, 282, 28]  # any words
-PARTS = ("weight", "scales", "biases")
+PACKED_ARRAYS = ("weight", "scales", "biases")
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
@@ -70,46 +79,47 @@ def wide(array: mx.array) -> np.ndarray:
 
 def worst_ffn(compact: nn.Module, masked: nn.Module) -> float:
     """Return the largest relative difference of two models' FFN outputs, over the layers."""
-    pairs = zip(ffn.ffn_modules(compact), ffn.ffn_modules(masked), strict=True)
+    path = down_part(compact).path.rpartition(".")[0]
+    pairs = zip(
+        *([module_at(layer, path) for layer in model.layers] for model in (compact, masked)),
+        strict=True,
+    )
     inputs = mx.random.normal((1, 8, compact.args.hidden_size), key=mx.random.key(0))
     return max(relative(wide(ours(inputs)), wide(theirs(inputs))) for ours, theirs in pairs)
 
 
 def recomputed_error(path: Path, compact: nn.Module, selection: Selection) -> float:
     """Return the error of a compact model's down projections against the checkpoint's arrays."""
-    stored, _ = checkpoint.load_model(path)
+    stored, _ = load_model(path)
     squares = np.zeros(2)
-    for layer, units in enumerate(np.array(selection.indices)):
-        columns = float64_llama.weight(stored.layers[layer].mlp.down_proj)[:, units]
-        actual = float64_llama.weight(compact.layers[layer].mlp.down_proj)
+    every_units = np.array(selection.pick.indices)
+    for whole, cut, units in zip(downs(stored), downs(compact), every_units, strict=True):
+        columns, actual = float64_llama.weight(whole)[:, units], float64_llama.weight(cut)
         squares += ((actual - columns) ** 2).sum(), (columns**2).sum()
     return float(np.sqrt(squares[0] / squares[1]))
 
 
-def require_same_columns(loaded: LoadedSubnetwork, plain: nn.Module) -> None:
-    """End the program unless columns read through the side file are the expected ones."""
-    pairs = zip(loaded.model.layers, plain.layers, strict=True)
-    same = all(
-        bool(mx.array_equal(one.mlp.down_proj.weight, other.mlp.down_proj.weight))
-        for one, other in pairs
-    )
-    if not (loaded.unit_major and same):
-        raise SystemExit("columns from the side file differ")
+def require_same_columns(loaded: CutModel, plain: nn.Module) -> None:
+    """End the program unless columns read through the unit file are the expected ones."""
+    pairs = zip(downs(loaded.model), downs(plain), strict=True)
+    same = all(bool(mx.array_equal(one.weight, other.weight)) for one, other in pairs)
+    if not (loaded.used_unit_file and same):
+        raise SystemExit("columns from the unit file differ")
 
 
 def compare(path: Path, selection: Selection) -> dict[str, float]:
     """Return the differences for one quantized checkpoint and selection."""
-    model, _ = checkpoint.load_model(path)
-    masked = ffn.with_unit_masks(model)
-    ffn.set_unit_masks(masked, selection.mask())
-    exact = load_subnetwork(path, selection, exact_down=True)
+    model, _ = load_model(path)
+    masked = with_unit_masks(model)
+    set_unit_masks(masked, selection.pick.mask())
+    exact = load_subnetwork(path, selection, options=CutOptions(exact_down=True))
     requantized = load_subnetwork(path, selection)
     plain = with_cut_downs(exact.model)
     require_same_columns(load_subnetwork(path, selection, dtype=mx.float32), plain)
     tokens = mx.array([TOKEN_IDS])
     theirs, ours = wide(masked(tokens))[0], wide(exact.model(tokens))[0]
     plain_logits = wide(plain(tokens))[0]
-    truth = float64_llama.masked_logits(model, TOKEN_IDS, wide(selection.mask()))
+    truth = float64_llama.masked_logits(model, TOKEN_IDS, wide(selection.pick.mask()))
     return {
         "ffn_whole": worst_ffn(exact.model, masked),
         "ffn_plain": worst_ffn(plain, masked),
@@ -130,18 +140,21 @@ def quantized_once(
     card = ModelCard(None, None, None, "prompt", 1, 1, 1, 1, 1)
     compact = slice_model(plain, selection)
     export_checkpoint(compact, selection, source, target, card, quantization=quantization)
-    exported, _ = checkpoint.load_model(target)
+    exported, _ = load_model(target)
+    layers = zip(unit_layers(plain).values(), unit_layers(exported).values(), strict=True)
     equal = total = 0
-    for layer, units in enumerate(np.array(selection.indices)):
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            weight = np.array(plain.layers[layer].mlp[name].weight)
-            sliced = weight[:, units] if name == "down_proj" else weight[units]
-            parts = mx.quantize(
-                mx.array(sliced), quantization.group_size, quantization.bits, mode=quantization.mode
+    for (before, after), units in zip(layers, np.array(selection.pick.indices), strict=True):
+        for part in family_of(plain).kind.parts:
+            weight = np.array(part_of(before, part).weight)
+            packed = mx.quantize(
+                mx.array(weight.take(units, axis=part.axis)),
+                quantization.group_size,
+                quantization.bits,
+                mode=quantization.mode,
             )
-            for part, expected in zip(PARTS, parts, strict=False):
+            for name, expected in zip(PACKED_ARRAYS, packed, strict=False):
                 total += 1
-                equal += bool(mx.array_equal(exported.layers[layer].mlp[name][part], expected))
+                equal += bool(mx.array_equal(part_of(after, part)[name], expected))
     return equal, total
 
 
@@ -152,12 +165,11 @@ def main() -> None:
     parser.add_argument("--keep-units", type=int, default=1024)
     parser.add_argument("--random", type=int, default=3, help="how many random selections")
     options = parser.parse_args()
-    plain, _ = checkpoint.load_model(options.checkpoint, mx.float32)
-    shape = (len(plain.layers), ffn.num_units(plain))
-    selections = {"prompt": select(PromptSelector(plain), TOKEN_IDS, options.keep_units)}
+    plain, _ = load_model(options.checkpoint, mx.float32)
+    by_prompt = make_selector(SelectorSpec("prompt"), plain, SelectorFiles())
+    selections = {"prompt": select(by_prompt, TOKEN_IDS, options.keep_units)}
     for seed in range(options.random):
-        selector = RandomSelector(*shape, seed=seed)
-        selections[f"random {seed}"] = select(selector, TOKEN_IDS, options.keep_units)
+        selections[f"random {seed}"] = select_random(plain, options.keep_units, seed)
     rows: list[dict[str, object]] = []
     print(
         f"{'':8} {'units':9} {'FFN: whole':>10} {'plain':>8} {'logits: whole':>13} {'plain':>8} "
@@ -168,7 +180,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "quantized"
             quantize_checkpoint(options.checkpoint, path, quantization)
-            write_side_file(path)
+            write_unit_file(path)
             for units, selection in selections.items():
                 equal, total = quantized_once(
                     plain, options.checkpoint, selection, quantization, Path(folder) / units

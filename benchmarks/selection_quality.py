@@ -2,7 +2,7 @@
 
 Cross-entropy on held-out text, by domain, with all FFN units and with two thirds and half of
 them, picked at random, by the calibrated prior over all text, by that of the text's own domain,
-and by the rank blend, with and without compensation:
+and by the rank blend:
 
     python benchmarks/selection_quality.py MODEL_FOLDER EVAL_FOLDER --calibration FILE
 
@@ -28,7 +28,7 @@ BLAS = prefer_openblas()  # before mlx is imported
 
 import mlx.core as mx  # noqa: E402
 
-from ifp_mlx.adapters.shipped import find_side_file  # noqa: E402
+from ifp_mlx.adapters.shipped import find_companion  # noqa: E402
 from ifp_mlx.evaluation.quality import load_held_out  # noqa: E402
 from ifp_mlx.evaluation.rows import parse_row  # noqa: E402
 from ifp_mlx.evaluation.subject import Subject  # noqa: E402
@@ -39,29 +39,31 @@ from ifp_mlx.evaluation.table import (  # noqa: E402
     shortened,
 )
 from ifp_mlx.selection.calibration import Calibration  # noqa: E402
-from ifp_mlx.storage import checkpoint  # noqa: E402
+from ifp_mlx.storage.config_file import read_config  # noqa: E402
 from ifp_mlx.storage.files import write_bytes_atomically  # noqa: E402
-from ifp_mlx.units import ffn  # noqa: E402
-from ifp_mlx.units.amounts import round_keep_ratio  # noqa: E402
+from ifp_mlx.storage.tokenizer import load_tokenizer  # noqa: E402
+from ifp_mlx.storage.weights import load_model  # noqa: E402
+from ifp_mlx.subnets.selectors import SelectorFiles  # noqa: E402
+from ifp_mlx.units.amounts import Amounts  # noqa: E402
 
-SELECTORS = "static,domain,blend,blend+compensate,random"
+SELECTORS = "static,domain,blend,random"
 
 
 def main() -> None:
     """Measure what the command line says and print the table."""
     arguments = _parse_arguments()
-    model, config = checkpoint.load_model(arguments.model, "auto")
-    tokenizer = checkpoint.load_tokenizer(arguments.model)
-    calibration = arguments.calibration or _own_calibration(arguments.model, config)
-    subject = Subject(model, tokenizer, Calibration.load(calibration))
+    model, _ = load_model(arguments.model, "auto")
+    tokenizer = load_tokenizer(arguments.model)
+    calibration = Calibration.load(arguments.calibration or _own_calibration(arguments.model))
+    subject = Subject(model, tokenizer, SelectorFiles(calibration=calibration))
     domains = arguments.domains.split(",") if arguments.domains else None
     examples = load_held_out(arguments.data, tokenizer, arguments.limit, domains)
     examples = shortened(examples, arguments.max_scored)
-    num_units = ffn.num_units(model)
-    kept = [round_keep_ratio(float(keep), num_units) for keep in arguments.keep.split(",")]
+    amounts = Amounts.of(read_config(arguments.model), subject.num_units)
+    kept = [amounts.nearest(float(keep)) for keep in arguments.keep.split(",")]
     names = ["dense"] if arguments.dense else []
     names += [f"{name}@{k}" for k in kept for name in arguments.selectors.split(",")]
-    rows = [parse_row(name, num_units, num_units) for name in names]
+    rows = [parse_row(name, amounts, amounts.num_units) for name in names]
     facts = _facts(arguments, sum(map(len, examples.values())))
     results: list[RowResult] = []
     start = time.perf_counter()
@@ -105,8 +107,8 @@ def _parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _own_calibration(model: Path, config: dict[str, Any]) -> Path:
-    found = find_side_file(model, config, "calibration.safetensors")
+def _own_calibration(model: Path) -> Path:
+    found = find_companion(model, read_config(model), "calibration.safetensors")
     if found is None:
         raise SystemExit(
             f"{model} has no calibration; make one with ifp calibrate, or --calibration"

@@ -20,7 +20,8 @@ from typing import Any  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 
 from ifp_mlx.assistant import Assistant  # noqa: E402
-from ifp_mlx.chat.conversation import Conversation, SamplingOptions  # noqa: E402
+from ifp_mlx.chat.conversation import Conversation  # noqa: E402
+from ifp_mlx.chat.sampling import SamplingOptions  # noqa: E402
 from ifp_mlx.convert.registry import resolve_model  # noqa: E402
 
 TASK = "help me write Python"
@@ -79,15 +80,15 @@ def main() -> None:
     assistant = Assistant.load(resolve_model(arguments.model))
     kept = arguments.keep_units or assistant.default_num_kept_units
     models: dict[str, nn.Module] = {
-        f"{assistant.selector_name}, K = {kept}": assistant.subnetwork_for_task(TASK, kept).model,
+        f"{assistant.files.selector}, K = {kept}": assistant.subnetwork_for_task(TASK, kept).model,
         "dense": assistant.dense().model,
     }
     results: dict[str, dict[str, bool]] = {name: {} for name in models}
     for name, model in models.items():
         for wanted, examples in FUNCTIONS:
             conversation = Conversation(model, assistant.tokenizer, assistant.context_length)
-            question = f"Write a Python function that {wanted}."
-            pieces = conversation.reply(question, SamplingOptions(max_new_tokens=MAX_NEW_TOKENS))
+            question = {"role": "user", "content": f"Write a Python function that {wanted}."}
+            pieces = conversation.reply([question], SamplingOptions(max_new_tokens=MAX_NEW_TOKENS))
             results[name][wanted] = is_right("".join(pieces), examples)
     print(f"| a function that | {' | '.join(models)} |")
     print(f"|---{'|---' * len(models)}|")

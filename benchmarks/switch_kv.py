@@ -101,7 +101,7 @@ def main() -> None:
                     ),
                 }
             )
-    print(f"{assistant.selector_name}, K = {kept}, {len(rows)} switches\n")
+    print(f"{assistant.files.selector}, K = {kept}, {len(rows)} switches\n")
     print("| switch | cross-entropy, kept | rebuilt | history tokens | seconds to rebuild |")
     print("|---|---|---|---|---|")
     for switch in dict.fromkeys(row["switch"] for row in rows):

@@ -29,9 +29,10 @@ from ifp_mlx.evaluation.quality import (  # noqa: E402
     mean_cross_entropy,
 )
 from ifp_mlx.evaluation.subject import TASK_DESCRIPTIONS  # noqa: E402
-from ifp_mlx.selection.selection import select  # noqa: E402
-from ifp_mlx.text.examples import chat_ids  # noqa: E402
-from ifp_mlx.units import ffn  # noqa: E402
+from ifp_mlx.selection.selectors import select  # noqa: E402
+from ifp_mlx.selection.spec import SelectorSpec  # noqa: E402
+from ifp_mlx.storage.tokenizer import chat_ids  # noqa: E402
+from ifp_mlx.units.masks import with_unit_masks  # noqa: E402
 
 WAYS = ("description", "examples", "input")
 
@@ -46,10 +47,11 @@ def main() -> None:
     parser.add_argument("--keep-units", type=int, default=512)
     parser.add_argument("--ways", nargs="*", default=WAYS, choices=WAYS)
     arguments = parser.parse_args()
-    assistant = Assistant.load(resolve_model(arguments.model), selector="predictor")
-    assert assistant.adapter is not None
+    assistant = Assistant.load(resolve_model(arguments.model), selector=SelectorSpec("predictor"))
+    adapter = assistant.files.adapter
+    assert adapter is not None
     selector = assistant.selector()
-    masked = ffn.with_unit_masks(assistant.adapter.apply(assistant.dense().model))
+    masked = with_unit_masks(adapter.apply(assistant.dense().model))
     tokenizer = assistant.tokenizer
     held_out = load_held_out(arguments.data, tokenizer, arguments.limit + arguments.examples)
     domains = {d: found for d, found in held_out.items() if not d.startswith(DOCUMENT_PREFIX)}
@@ -65,7 +67,7 @@ def main() -> None:
     }
 
     def mask(ids: Sequence[int], examples: Sequence[Sequence[int]] = ()) -> mx.array:
-        return select(selector, ids, arguments.keep_units, examples).mask()
+        return select(selector, ids, arguments.keep_units, examples).pick.mask()
 
     def masks_of(way: str) -> dict[HeldOutExample, mx.array]:
         if way == "input":

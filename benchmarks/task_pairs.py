@@ -20,7 +20,7 @@ from typing import Any  # noqa: E402
 
 from ifp_mlx.assistant import PREDICTED_REUSE_OVERLAP, Assistant  # noqa: E402
 from ifp_mlx.convert.registry import resolve_model  # noqa: E402
-from ifp_mlx.selection.selection import Selection  # noqa: E402
+from ifp_mlx.selection.spec import SelectorSpec  # noqa: E402
 
 PAIRS = Path(__file__).with_name("task_pairs.json")
 
@@ -31,11 +31,8 @@ def measure(
     """Return the overlaps of both kinds of pairs, the best threshold and what a given one does."""
     select = functools.cache(functools.partial(assistant.select_for, num_kept_units=num_kept_units))
 
-    def overlap(one: Selection, other: Selection) -> float:
-        return float(one.overlap(other).mean().item())  # type: ignore[arg-type]
-
     overlaps = {
-        kind: [overlap(select(one), select(other)) for one, other in pairs]
+        kind: [select(one).mean_overlap(select(other)) for one, other in pairs]
         for kind, pairs in pairs_of.items()
     }
     same, different = overlaps["paraphrases"], overlaps["different"]
@@ -45,7 +42,7 @@ def measure(
     )
     return {
         "num_kept_units": num_kept_units,
-        "selector": assistant.selector_name,
+        "selector": str(assistant.files.selector),
         "overlaps": overlaps,
         "threshold": threshold,
         "best_threshold": best,
@@ -81,7 +78,8 @@ def main() -> None:
     parser.add_argument("--threshold", type=float, default=PREDICTED_REUSE_OVERLAP)
     arguments = parser.parse_args()
     pairs_of = json.loads(arguments.pairs.read_text())
-    assistant = Assistant.load(resolve_model(arguments.model), selector=arguments.selector)
+    spec = SelectorSpec.parse(arguments.selector) if arguments.selector else None
+    assistant = Assistant.load(resolve_model(arguments.model), selector=spec)
     results = [
         measure(assistant, pairs_of, amount, arguments.threshold) for amount in arguments.keep_units
     ]

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ifp_mlx.storage.checkpoint import load_model
+from ifp_mlx.storage.weights import load_model
 
 
 def in_hub_order(rows: np.ndarray, num_heads: int) -> np.ndarray:

@@ -4,6 +4,8 @@ Library modules are imported inside commands, so that ``ifp --help`` and shell c
 answer without loading mlx; and a command line that names its command loads no other command.
 """
 
+import atexit
+import contextlib
 import importlib
 import os
 import sys
@@ -12,6 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from ifp_mlx import __version__
+from ifp_mlx.cli.library_warnings import library_warnings_shown
 from ifp_mlx.cli.terminal import complain
 from ifp_mlx.errors import IFPError, UsageError
 
@@ -96,14 +99,13 @@ _CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
 def run(arguments: list[str] | None = None) -> int:
     """Run one command line and return its exit code; every expected error is one line."""
     words = sys.argv[1:] if arguments is None else arguments
-    app = make_app(words[0] if words and words[0] in _COMMANDS else None)
     try:
-        code = app(arguments, prog_name="ifp", standalone_mode=False)
+        app = make_app(words[0] if words and words[0] in _COMMANDS else None)
+        with library_warnings_shown():
+            code = app(arguments, prog_name="ifp", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except BrokenPipeError:
-        # The interpreter flushes stdout once more when it ends: let that go nowhere, quietly.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -131,4 +133,25 @@ def main() -> NoReturn:
     # transformers loads torch wherever it is installed, which takes seconds; nothing here uses it.
     # None makes it look absent.
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
-    sys.exit(run())
+    try:
+        code = run()
+    except SystemExit as ended:  # shell completion ends so
+        code = ended.code if isinstance(ended.code, int) else EXIT_FAILED
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = EXIT_FAILED
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process without finalizing the interpreter.
+
+    mlx keeps random state for each thread that draws. If such a thread has ended, as the server's
+    generation thread has by now, the end of the interpreter is an abort: "terminate called without
+    an active exception", exit code 134 (mlx 0.32.4).
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it, or it is closed
+            stream.flush()
+    os._exit(code)

@@ -41,13 +41,6 @@ Bits = Annotated[
 DType = Annotated[
     str, typer.Option("--dtype", metavar="TYPE", help="bfloat16, float16 or float32.")
 ]
-UnitMajor = Annotated[
-    bool | None,
-    typer.Option(
-        "--unit-major/--as-loaded",
-        help="Lay plain down projections out unit by unit first; by default on CUDA only.",
-    ),
-]
 NumRepeats = Annotated[int, typer.Option("--repeats", min=1, metavar="N", help="Counted repeats.")]
 Output = Annotated[
     Path | None,
@@ -68,6 +61,7 @@ def latency(
         list[int] | None,
         typer.Option(
             "--prompt",
+            min=2,
             metavar="TOKENS",
             help="Prompt length; may be repeated. [default: 2048 4096]",
         ),
@@ -77,10 +71,9 @@ def latency(
     ] = 100,
     samples: Annotated[
         int, typer.Option("--samples", min=1, help="Samples of one prompt, sharing its prefill.")
-    ] = 4,
+    ] = 1,
     bits: Bits = 16,
     dtype: DType = "bfloat16",
-    unit_major: UnitMajor = None,
     repeats: NumRepeats = 5,
     decode_repeats: Annotated[
         int, typer.Option("--decode-repeats", min=1, metavar="N", help="Repeats of decoding.")
@@ -100,9 +93,7 @@ def latency(
             report.write_document(output, content)
 
     content = runs.run_latency(
-        runs.ModelOptions(
-            shape, keep_units or (), predictor_config, bits, dtype, model, unit_major
-        ),
+        runs.ModelOptions(shape, keep_units or (), predictor_config, bits, dtype, model),
         [Workload(tokens, new_tokens, samples) for tokens in prompt or (2048, 4096)],
         repeats=Repeats(repeats),
         decode_repeats=decode_repeats,
@@ -142,11 +133,10 @@ def switch(
         ),
     ] = None,
     prompt: Annotated[
-        int, typer.Option("--prompt", metavar="TOKENS", help="Prompt after each switch.")
+        int, typer.Option("--prompt", min=1, metavar="TOKENS", help="Prompt after each switch.")
     ] = 64,
     bits: Bits = 16,
     dtype: DType = "bfloat16",
-    unit_major: UnitMajor = None,
     repeats: NumRepeats = 9,
     output: Output = None,
     as_json: AsJson = False,
@@ -156,9 +146,7 @@ def switch(
     from ifp_mlx.benchmarking.timing import Repeats
 
     content = runs.run_switching(
-        runs.ModelOptions(
-            shape, keep_units or (), predictor_config, bits, dtype, unit_major=unit_major
-        ),
+        runs.ModelOptions(shape, keep_units or (), predictor_config, bits, dtype),
         task_counts=tasks or [1, 2, 5, 10, 20],
         prompt_tokens=prompt,
         repeats=Repeats(repeats),

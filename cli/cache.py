@@ -10,20 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ifp_mlx.cli import options
-from ifp_mlx.cli.loading import (
-    ModelChoice,
-    SubnetChoice,
-    choose_subnetwork,
-    describe_subnetwork,
-    load_assistant,
-    mean_overlap,
-    title,
-)
-from ifp_mlx.cli.terminal import answer_console, gigabytes, plural, print_json, say
+from ifp_mlx.cli.loading import choose_subnetwork, describe_subnetwork, load_assistant
+from ifp_mlx.cli.option_groups import expands_options
+from ifp_mlx.cli.terminal import answer_console, gigabytes, plural, print_json, say, title
 from ifp_mlx.errors import UsageError
 
 if TYPE_CHECKING:
-    from ifp_mlx.subnets.task_cache import CacheEntry, SubNetCache
+    from ifp_mlx.subnets.task_cache import CacheEntry, TaskCache
 
 _KEY_CHARACTERS = 8
 app = typer.Typer(
@@ -103,6 +96,9 @@ def show(name: Name, as_json: options.AsJson = False) -> None:
     facts.add_row("key", entry.path.stem)
     facts.add_row("units", f"{entry.key.num_kept_units} of {entry.num_units} in each layer")
     facts.add_row("selector", f"{entry.key.selector} (version {entry.key.selector_version})")
+    if entry.reuse is not None:
+        reused = f'"{title(entry.reuse.task)}" (overlap {entry.reuse.overlap:.2f})'
+        facts.add_row("reused", Text(reused))
     if entry.num_examples:
         facts.add_row("read", f"the description and {plural(entry.num_examples, 'example')}")
     facts.add_row("model", entry.model_name)
@@ -125,10 +121,11 @@ def show(name: Name, as_json: options.AsJson = False) -> None:
 
 
 @app.command("add")
+@expands_options
 def add(
     task: Annotated[str, typer.Argument(help="The task description.")],
-    keep: options.Keep = None,
-    keep_units: options.KeepUnits = None,
+    *,
+    amount: options.Amount,
     examples: Annotated[
         Path | None,
         typer.Option(
@@ -139,9 +136,7 @@ def add(
         ),
     ] = None,
     selector: options.Selector = "auto",
-    model: options.Model = options.DEFAULT_MODEL,
-    adapter: options.Adapter = None,
-    no_adapter: options.NoAdapter = False,
+    source: options.ModelOptions,
     as_json: options.AsJson = False,
 ) -> None:
     """Select a sub-network for a task now, so that the first chat about it starts faster.
@@ -149,11 +144,11 @@ def add(
     With --examples it is selected anew, and replaces the one that is cached.
     """
     inputs = () if examples is None else _read_examples(examples)
-    choice = SubnetChoice(task, keep, keep_units, examples=inputs)
-    assistant = load_assistant(ModelChoice(model, adapter, no_adapter, selector))
-    subnet = choose_subnetwork(assistant, choice, task)
+    subnet_options = options.SubnetOptions(task, amount)
+    assistant = load_assistant(options.AssistantOptions(selector, source=source))
+    subnet = choose_subnetwork(assistant, subnet_options, task, inputs)
     if as_json:
-        key = assistant.cache_key(subnet.reused_task or task, subnet.num_kept_units)
+        key = assistant.cache_key(task, subnet.num_kept_units)
         print_json(_record(_open_cache().find(key.digest)))
     else:
         say(describe_subnetwork(subnet))
@@ -256,14 +251,14 @@ def _read_examples(path: Path) -> tuple[str, ...]:
     return tuple(examples)
 
 
-def _open_cache() -> SubNetCache:
+def _open_cache() -> TaskCache:
     from ifp_mlx.storage.home import subnet_cache_folder
-    from ifp_mlx.subnets.task_cache import SubNetCache
+    from ifp_mlx.subnets.task_cache import TaskCache
 
-    return SubNetCache(subnet_cache_folder())
+    return TaskCache(subnet_cache_folder())
 
 
-def _overlaps(cache: SubNetCache, entry: CacheEntry) -> list[tuple[CacheEntry, float]]:
+def _overlaps(cache: TaskCache, entry: CacheEntry) -> list[tuple[CacheEntry, float]]:
     from ifp_mlx.errors import SelectionError
 
     selection = entry.load()
@@ -272,7 +267,7 @@ def _overlaps(cache: SubNetCache, entry: CacheEntry) -> list[tuple[CacheEntry, f
         if other.path == entry.path or other.key.base != entry.key.base:
             continue
         try:
-            found.append((other, mean_overlap(selection, other.load())))
+            found.append((other, selection.mean_overlap(other.load())))
         except SelectionError as error:
             say(f"left out {other.path.name}: {error}")
     return found
@@ -294,6 +289,8 @@ def _record(entry: CacheEntry) -> dict[str, Any]:
         "size_bytes": entry.size_bytes,
         "requantization_error": entry.requantization_error,
         "num_examples": entry.num_examples,
+        "reused_task": entry.reuse.task if entry.reuse else None,
+        "reuse_overlap": entry.reuse.overlap if entry.reuse else None,
         "path": str(entry.path),
     }
 

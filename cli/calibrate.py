@@ -74,7 +74,8 @@ def calibrate(
         raise UsageError(f"{target} exists already; --force replaces it, -o writes another file")
     with working(f"loading {folder.name}"):
         from ifp_mlx.selection.calibration import calibrate as measure
-        from ifp_mlx.storage.checkpoint import load_model, load_tokenizer
+        from ifp_mlx.storage.tokenizer import load_tokenizer
+        from ifp_mlx.storage.weights import load_model
         from ifp_mlx.text.calibration_text import CalibrationLimits, calibration_examples
         from ifp_mlx.text.records import BadLines
 

@@ -12,7 +12,8 @@ import typer
 
 from ifp_mlx.cli import options
 from ifp_mlx.cli.answer import answer_writer
-from ifp_mlx.cli.loading import ModelChoice, SubnetChoice
+from ifp_mlx.cli.kv_options import KVFileOptions
+from ifp_mlx.cli.option_groups import expands_options
 from ifp_mlx.cli.terminal import (
     complain,
     is_interactive,
@@ -29,53 +30,47 @@ if TYPE_CHECKING:
     from ifp_mlx.cli.plain_reader import Reader
 
 
-def chat(
-    context: typer.Context,
-    task: options.Task = None,
-    keep: options.Keep = None,
-    keep_units: options.KeepUnits = None,
-    selector: options.Selector = "auto",
-    dense: options.Dense = False,
-    compensate: options.Compensate = False,
-    reuse: options.Reuse = None,
-    no_cache: options.NoCache = False,
-    exact_down: options.ExactDown = False,
-    force: options.Force = False,
-    lossless: options.Lossless = False,
-    num_draft_tokens: options.NumDraftTokens = 4,
-    model: options.Model = options.DEFAULT_MODEL,
-    adapter: options.Adapter = None,
-    no_adapter: options.NoAdapter = False,
-    system_prompt: options.SystemPrompt = None,
-    max_tokens: options.MaxTokens = 1024,
-    temp: options.Temp = 0.0,
-    top_p: options.TopP = 1.0,
-    top_k: options.TopK = 0,
-    min_p: options.MinP = 0.0,
-    repetition_penalty: options.RepetitionPenalty = None,
-    seed: options.Seed = None,
-    prompt_cache_file: options.PromptCacheFile = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the latest chat.")] = False,
+def session_names() -> list[str]:
+    """Return the names of the saved chats, the latest first."""
+    from ifp_mlx.chat.session import list_sessions
+    from ifp_mlx.storage.home import sessions_folder
+
+    return [summary.name for summary in list_sessions(sessions_folder())]
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatSamplingFlags(options.SamplingFlags):
+    """How answers are drawn: in a chat they may be longer."""
+
+    max_tokens: options.MaxTokens = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class SessionOptions:
+    """Which chat, and whether it is recorded."""
+
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the latest chat.")] = False
     session_name: Annotated[
         str | None,
         typer.Option(
             "--session",
             metavar="NAME",
-            autocompletion=options.session_names,
+            autocompletion=session_names,
             help="Continue the chat of this name, or begin it.",
         ),
-    ] = None,
-    no_save: Annotated[
-        bool, typer.Option("--no-save", help="Keep this chat off the disk.")
-    ] = False,
-    rebuild_kv: Annotated[
-        bool,
-        typer.Option(
-            "--rebuild-kv",
-            help="After a switch of task read the whole conversation again with the new "
-            "sub-network, instead of going on from what the former one has read.",
-        ),
-    ] = False,
+    ] = None
+    no_save: Annotated[bool, typer.Option("--no-save", help="Keep this chat off the disk.")] = False
+
+    def __post_init__(self) -> None:
+        """Refuse flags that exclude each other."""
+        if self.resume and self.session_name is not None:
+            raise UsageError("--resume continues the latest chat, --session a named one; give one")
+
+
+@dataclasses.dataclass(frozen=True)
+class TurnOptions:
+    """What is looked at before a message is answered."""
+
     drift: Annotated[
         float,
         typer.Option(
@@ -86,80 +81,75 @@ def chat(
             help="Suggest /retask when a message selects units that have less than this in common "
             "with the sub-network in use; 0 does not look. Costs one selection a message.",
         ),
-    ] = 0.0,
-    auto_retask: Annotated[
-        bool,
-        typer.Option("--auto-retask", help="With --drift: reselect instead of suggesting it."),
-    ] = False,
+    ] = 0.0
     drop_oldest: Annotated[
         bool,
         typer.Option(
             "--drop-oldest", help="When the context is full forget the oldest turns without asking."
         ),
-    ] = False,
+    ] = False
+
+
+@expands_options
+def chat(
+    context: typer.Context,
+    *,
+    subnet_options: options.SubnetOptions,
+    assistant_options: options.AssistantOptions,
+    system_prompt: options.SystemPrompt = None,
+    sampling_flags: ChatSamplingFlags,
+    kv_file_options: KVFileOptions,
+    session_options: SessionOptions,
+    turn_options: TurnOptions,
 ) -> None:
     """Talk with a model in the terminal.
 
     /help in the chat lists its commands. Ctrl-C stops a reply, Ctrl-D leaves. Every message is
     saved as it is sent; --resume continues. Messages can be piped in, one a line.
     """
-    choice = SubnetChoice(task, keep, keep_units, dense)
-    if lossless and prompt_cache_file is not None:
-        raise UsageError("--lossless has a KV cache of two models; leave out --prompt-cache-file")
-    if prompt_cache_file is not None:
-        from ifp_mlx.chat.kv_cache_file import check_kv_path
-
-        check_kv_path(prompt_cache_file)
-    if auto_retask and not drift:
-        raise UsageError("--auto-retask needs --drift OVERLAP, for example --drift 0.75")
-    model_choice = ModelChoice(
-        model, adapter, no_adapter, selector, compensate, reuse, not no_cache, force, exact_down
-    )
-
-    from ifp_mlx.chat.conversation import SamplingOptions
     from ifp_mlx.chat.session import SessionSettings
     from ifp_mlx.cli.chat_state import Chat
 
-    sampling = SamplingOptions(max_tokens, temp, top_p, top_k, min_p, repetition_penalty, seed)
-    settings = SessionSettings(model, task, keep_units, dense, system_prompt)
-    session = _open_session(settings, resume, session_name, recorded=not no_save)
+    sampling = sampling_flags.options
+    session = _open_session(
+        SessionSettings(
+            assistant_options.source.model,
+            subnet_options.task,
+            subnet_options.amount.keep_units,
+            subnet_options.dense,
+            system_prompt,
+        ),
+        session_options,
+    )
     if session.messages:
         # A chat goes on with its own model and system prompt, unless others are asked for.
-        source = context.get_parameter_source("model")
-        if source is None or source.name != "COMMANDLINE":
-            model_choice = dataclasses.replace(model_choice, model=session.settings.model or model)
+        if session.settings.model and not _is_on_the_command_line(context, "model"):
+            assistant_options = assistant_options.with_model(session.settings.model)
         if system_prompt is not None:
             session.change_settings(
                 dataclasses.replace(session.settings, system_prompt=system_prompt)
             )
     with keys_kept_for_the_prompt() if is_interactive() else contextlib.nullcontext():
-        conversation = Chat(
-            model_choice,
-            choice,
-            session,
-            sampling,
-            rebuilds_kv=rebuild_kv,
-            num_draft_tokens=num_draft_tokens if lossless else None,
-            kv_path=prompt_cache_file,
-        )
-        loop = _ChatLoop(conversation, drops_oldest=drop_oldest, drift=drift, retasks=auto_retask)
+        conversation = Chat(assistant_options, subnet_options, session, sampling, kv_file_options)
         try:
-            loop.run()
+            _ChatLoop(conversation, turn_options).run()
         finally:
             conversation.session.close()
             conversation.save_kv_cache()
 
 
-def _open_session(
-    settings: SessionSettings, resume: bool, name: str | None, *, recorded: bool
-) -> Session:
+def _is_on_the_command_line(context: typer.Context, name: str) -> bool:
+    """Return whether a parameter was given as a flag, not only in the environment."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _open_session(settings: SessionSettings, wanted: SessionOptions) -> Session:
     from ifp_mlx.chat.session import Session, list_sessions, session_path
     from ifp_mlx.storage.home import sessions_folder
 
-    folder = sessions_folder()
-    if resume and name is not None:
-        raise UsageError("--resume continues the latest chat, --session a named one; give one")
-    if resume:
+    folder, name = sessions_folder(), wanted.session_name
+    if wanted.resume:
         summaries = list_sessions(folder)
         if not summaries:
             raise UsageError("there is no chat to resume; leave out --resume to begin one")
@@ -169,20 +159,18 @@ def _open_session(
         if not session.messages:  # emptied, or killed before its first message was whole
             session.change_settings(settings)
         return session
-    return Session.new(folder, settings, name, recorded=recorded)
+    return Session.new(folder, settings, name, recorded=not wanted.no_save)
 
 
 class _ChatLoop:
     """Reads messages, shows answers, until the user leaves."""
 
-    def __init__(self, chat: Chat, *, drops_oldest: bool, drift: float, retasks: bool):
+    def __init__(self, chat: Chat, turn_options: TurnOptions):
         from ifp_mlx.cli.chat_commands import ChatCommands
         from ifp_mlx.storage.home import sessions_folder
 
         self._chat = chat
-        self._drops_oldest = drops_oldest
-        self._drift = drift
-        self._retasks = retasks
+        self._options = turn_options
         self._commands: ChatCommands = ChatCommands(chat, sessions_folder(), options.model_names)
         self._toolbar_line = ""
         self._reader: Reader = self._make_reader()
@@ -240,17 +228,14 @@ class _ChatLoop:
 
     def _notice_drift(self, text: str) -> None:
         """Compare what the message would select with what is in use, from the second one on."""
-        if not self._drift or not self._chat.messages:
+        if not self._options.drift or not self._chat.messages:
             return
         overlap = self._chat.overlap_with(text)
-        if overlap is None or overlap >= self._drift:
-            return
-        drifted = f"this message selects other units (overlap {overlap:.2f})"
-        if self._retasks:
-            say(drifted)
-            self._chat.reselect(text)
-        else:
-            say(f"{drifted}; /retask reselects, then /retry")
+        if overlap is not None and overlap < self._options.drift:
+            say(
+                f"this message selects other units (overlap {overlap:.2f}); "
+                "/retask reselects, then /retry"
+            )
 
     def _make_room(self, full: ContextFull) -> bool:
         """Drop the oldest turns if the user wants that; return whether the message now fits."""
@@ -261,7 +246,7 @@ class _ChatLoop:
         if full.needed * 2 > full.context_length:
             raise UsageError(f"{amounts}; shorten the message")
         letter = "d"
-        if not self._drops_oldest:
+        if not self._options.drop_oldest:
             try:
                 say(amounts)
                 choices = ["drop the oldest turns", "new chat", "cancel"]

@@ -10,9 +10,10 @@ from pathlib import Path
 from ifp_mlx.chat.session import Session, list_sessions
 from ifp_mlx.cli.chat_state import Chat
 from ifp_mlx.cli.clipboard import copy_to_clipboard
-from ifp_mlx.cli.loading import describe_subnetwork, title
+from ifp_mlx.cli.loading import describe_subnetwork
+from ifp_mlx.cli.options import Amount
 from ifp_mlx.cli.statistics_line import context_meter, full_statistics
-from ifp_mlx.cli.terminal import plural, say, status_console
+from ifp_mlx.cli.terminal import plural, say, status_console, title
 from ifp_mlx.errors import UsageError
 
 _RECENT_CHARACTERS = 300  # of each message of the last exchange, shown when a chat goes on
@@ -107,15 +108,15 @@ class ChatCommands:
 
     def _keep(self, text: str) -> None:
         if not text:
-            units = self._chat.assistant.num_units
-            kept = self._chat.subnet.num_kept_units if self._chat.subnet else None
-            say(f"{kept or 'default'} of {units} FFN units; /keep 0.5 or /keep 768 changes it")
+            assistant, subnet = self._chat.assistant, self._chat.subnet
+            kept = subnet.num_kept_units if subnet else "default"
+            units = f"{assistant.num_units} {assistant.kind.label}"
+            say(f"{kept} of {units}; /keep 0.5 or /keep 768 changes it")
             return
         number = _number(text, "/keep takes a ratio like 0.5 or a number of units like 768")
-        if "." in text or number <= 1:
-            _say_overlap(self._chat.change_keep(number, None))
-        else:
-            _say_overlap(self._chat.change_keep(None, int(number)))
+        is_ratio = "." in text or number <= 1
+        amount = Amount(keep=number) if is_ratio else Amount(keep_units=int(number))
+        _say_overlap(self._chat.change_amount(amount))
 
     def _dense(self, text: str) -> None:
         if text not in ("", "on", "off"):
@@ -254,9 +255,9 @@ def code_blocks(markdown: str) -> list[str]:
 
 def _tasks() -> Iterable[str]:
     from ifp_mlx.storage.home import subnet_cache_folder
-    from ifp_mlx.subnets.task_cache import SubNetCache
+    from ifp_mlx.subnets.task_cache import TaskCache
 
-    return sorted({entry.key.task for entry in SubNetCache(subnet_cache_folder()).entries()})
+    return sorted({entry.key.task for entry in TaskCache(subnet_cache_folder()).entries()})
 
 
 def _on_off() -> Iterable[str]:

@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ifp_mlx.chat.session import Session, SessionSettings
 from ifp_mlx.cli.answer import stream_answer
+from ifp_mlx.cli.kv_options import KVFileOptions, KVFlags, begin_conversation
 from ifp_mlx.cli.loading import (
-    ModelChoice,
-    SubnetChoice,
     choose_subnetwork,
     describe_subnetwork,
     load_assistant,
-    mean_overlap,
     num_kept_units,
 )
+from ifp_mlx.cli.options import Amount, AssistantOptions, ModelOptions, SubnetOptions
 from ifp_mlx.cli.terminal import plural, say
 from ifp_mlx.errors import UsageError
 
 if TYPE_CHECKING:
-    import mlx.nn as nn
-
     from ifp_mlx.assistant import Assistant
-    from ifp_mlx.chat.conversation import Conversation, GenerationStats, SamplingOptions
+    from ifp_mlx.chat.conversation import Conversation
+    from ifp_mlx.chat.generation import GenerationStats
     from ifp_mlx.chat.kv_cache_file import KVCacheFile
-    from ifp_mlx.subnets.compact_models import SubNetwork
+    from ifp_mlx.chat.sampling import SamplingOptions
+    from ifp_mlx.subnets.subnetwork import SubNetwork
 
 _RETASK_MESSAGES = 4  # how much of the recent conversation /retask reads
 _ROOM_FOR_ANSWER = 64  # tokens; with less left the context counts as full
 _TEMPLATE_TOKENS = 16  # what a chat template puts around one message, generously
+
+Messages = Sequence[dict[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,49 +49,44 @@ class Chat:
 
     Attributes:
         assistant: the loaded model.
-        session: where every message is recorded.
+        session: where every message is recorded; nothing else knows what was said.
         sampling: how tokens are drawn.
         answered_by: what gave the last reply.
         subnet: what answers; None until the first message selects it.
         unanswered: a message whose reply was lost when an earlier chat was killed. The next message
             takes its place.
         shows_statistics: print a line of measurements below each reply.
-        num_draft_tokens: lossless: the sub-network drafts this many tokens, which the whole model
-            checks; None lets the sub-network answer.
-        rebuilds_kv: after a switch prefill the conversation again with the new sub-network.
 
     Args:
-        kv_path: a file that the first conversation's KV cache comes from, and goes to in the end.
+        kv_file_options: a file that the first conversation's KV cache comes from, and goes to in
+            the end.
     """
 
     def __init__(
         self,
-        model_choice: ModelChoice,
-        subnet_choice: SubnetChoice,
+        assistant_options: AssistantOptions,
+        subnet_options: SubnetOptions,
         session: Session,
         sampling: SamplingOptions,
-        *,
-        rebuilds_kv: bool = False,
-        num_draft_tokens: int | None = None,
-        kv_path: Path | None = None,
+        kv_file_options: KVFileOptions,
     ):
-        self._model_choice = model_choice
-        self._choice = subnet_choice
-        self._amount_choice = SubnetChoice()  # how much was kept before ``/dense``
+        self._assistant_options = assistant_options
+        self._choice = subnet_options
+        self._amount = Amount()  # how much was kept before ``/dense``
         self.session = session
         self.sampling = sampling
-        self.rebuilds_kv = rebuilds_kv
         self.shows_statistics = True
-        self.num_draft_tokens = num_draft_tokens
-        self.assistant: Assistant = load_assistant(model_choice, preload=subnet_choice.needs_dense)
+        self.assistant: Assistant = load_assistant(
+            assistant_options, preload=subnet_options.needs_dense_model
+        )
         self.subnet: SubNetwork | None = None
         self.answered_by: SubNetwork | None = None
         self.unanswered: str | None = None
         self._num_replaced = 0  # newest messages in the session that the next one replaces
         self._conversation: Conversation | None = None
-        self._kv_path = kv_path
+        self._kv_flags = KVFlags(file=kv_file_options)
         self._kv_file: KVCacheFile | None = None
-        self._adopt_session(session, subnet_choice)
+        self._adopt_session(session, subnet_options)
         if self.task is not None or self._choice.dense:
             self._select("")
             if session.messages:
@@ -109,7 +105,7 @@ class Chat:
     @property
     def model_name(self) -> str:
         """The model as the user named it."""
-        return self._model_choice.model
+        return self._assistant_options.source.model
 
     @property
     def messages(self) -> list[dict[str, str]]:
@@ -130,9 +126,9 @@ class Chat:
     @property
     def num_context_tokens(self) -> int:
         """Tokens that the conversation takes in the context."""
-        if self.messages and self.subnet is not None:
-            return self._ready("").num_context_tokens  # of a resumed chat as well
-        return self._conversation.num_context_tokens if self._conversation else 0
+        if self.subnet is None or (self._conversation is None and not self.messages):
+            return 0
+        return self._ready("").num_tokens(self._with_system(self.messages))
 
     def context_full(self, text: str) -> ContextFull | None:
         """Return the amounts if ``text`` and an answer no longer fit the context, else None."""
@@ -151,13 +147,19 @@ class Chat:
         # Not before all is ready: what is replaced stays until its replacement is on disk.
         self.session.add_message("user", text, replaces=self._num_replaced)
         self.unanswered, self._num_replaced = None, 0
-        num_before = len(conversation.messages)
         self.answered_by = self.subnet
+        pieces: list[str] = []
+
+        def take(piece: str) -> None:
+            pieces.append(piece)
+            write(piece)
+
         try:
-            return stream_answer(conversation.reply(text, self.sampling), write)
+            reply = conversation.reply(self._with_system(self.messages), self.sampling)
+            return stream_answer(reply, take)
         finally:
-            if len(conversation.messages) > num_before:
-                self.session.add_message("assistant", conversation.messages[-1]["content"])
+            if pieces:
+                self.session.add_message("assistant", "".join(pieces))
             else:
                 self.session.drop_last(1)  # nothing was said: the question is taken back, too
 
@@ -165,7 +167,7 @@ class Chat:
         """Select for the first message, so that what is said about it comes before the answer."""
         self._ready(text)
 
-    def change_subnetwork(self, choice: SubnetChoice, text: str | None = None) -> float | None:
+    def change_subnetwork(self, choice: SubnetOptions, text: str | None = None) -> float | None:
         """Go on with another sub-network; return the share of units that it has in common.
 
         Args:
@@ -177,7 +179,8 @@ class Chat:
         self._choice = choice
         try:
             if choice.task is None and text is None and not choice.dense:
-                num_kept_units(self.assistant, choice)  # refused now, not at the next message
+                # An amount that does not fit is refused now, not at the next message.
+                num_kept_units(self.assistant, choice.amount)
                 self.subnet = None
             else:
                 self._select(text or "")
@@ -189,24 +192,19 @@ class Chat:
             return None
         if former.selection is None or self.subnet.selection is None:
             return None
-        return mean_overlap(former.selection, self.subnet.selection)
+        return former.selection.mean_overlap(self.subnet.selection)
 
     def change_task(self, task: str) -> float | None:
         """Switch to a task; return the overlap with the former sub-network."""
         return self.change_subnetwork(self._sparse(task))
 
-    def reselect(self, message: str | None = None) -> float | None:
+    def reselect(self) -> float | None:
         """Let the recent conversation select; return the overlap with the former sub-network.
-
-        Args:
-            message: what is about to be asked, which counts as recent.
 
         Raises:
             UsageError: nothing has been said yet.
         """
         recent = [m["content"] for m in self.messages[-_RETASK_MESSAGES:]]
-        if message is not None:
-            recent.append(message)
         if not recent:
             raise UsageError("nothing has been said yet; /task TEXT names a task")
         return self.change_subnetwork(self._sparse(None), "\n\n".join(recent))
@@ -219,37 +217,36 @@ class Chat:
         if self.subnet is None or self.subnet.selection is None:
             return None
         selected = self.assistant.select_for(message, self.subnet.num_kept_units)
-        return mean_overlap(self.subnet.selection, selected)
+        return self.subnet.selection.mean_overlap(selected)
 
-    def change_keep(self, keep: float | None, keep_units: int | None) -> float | None:
+    def change_amount(self, amount: Amount) -> float | None:
         """Keep another amount of units; return the overlap with the former sub-network."""
-        return self.change_subnetwork(SubnetChoice(self.task, keep, keep_units))
+        return self.change_subnetwork(SubnetOptions(self.task, amount))
 
     def use_dense(self, wanted: bool) -> None:
         """Answer with the whole model, or with the task's sub-network again."""
         former = self._sparse(self.task)
-        self.change_subnetwork(SubnetChoice(self.task, dense=True) if wanted else former)
-        self._amount_choice = former
+        self.change_subnetwork(SubnetOptions(self.task, dense=True) if wanted else former)
+        self._amount = former.amount
 
-    def _sparse(self, task: str | None) -> SubnetChoice:
+    def _sparse(self, task: str | None) -> SubnetOptions:
         """Return the choice of a sub-network for a task, as large as the latest one."""
-        former = self._amount_choice if self._choice.dense else self._choice
-        return dataclasses.replace(former, task=task)
+        return SubnetOptions(task, self._amount if self._choice.dense else self._choice.amount)
 
     def change_system_prompt(self, text: str | None) -> None:
         """Set or remove the system message; the conversation stays."""
         settings = dataclasses.replace(self.session.settings, system_prompt=text)
         self.session.change_settings(settings)
-        self._restart_conversation()
 
     def change_model(self, name: str) -> None:
         """Load another model and go on with the same conversation."""
-        choice = dataclasses.replace(self._model_choice, model=name, adapter=None)
-        self.assistant = load_assistant(choice)
-        self._model_choice = choice
+        source = ModelOptions(name, no_adapter=self._assistant_options.source.no_adapter)
+        options = dataclasses.replace(self._assistant_options, source=source)
+        self.assistant = load_assistant(options)
+        self._assistant_options = options
         # Amounts are of the former model: take this one's default.
-        self._amount_choice = SubnetChoice()
-        self._choice = SubnetChoice(task=self.task, dense=self._choice.dense)
+        self._amount = Amount()
+        self._choice = SubnetOptions(self.task, dense=self._choice.dense)
         self._conversation, self.subnet = None, None
         self.change_subnetwork(self._choice)
 
@@ -262,7 +259,7 @@ class Chat:
         self.unanswered, self._num_replaced = None, 0
         if wanted != self.model_name:
             self.change_model(wanted)
-        self._adopt_session(session, SubnetChoice())
+        self._adopt_session(session, SubnetOptions())
         self.subnet = None
         if self.task is not None or self._choice.dense:
             self._select("")
@@ -290,29 +287,54 @@ class Chat:
         if not positions:
             raise UsageError("nothing has been said yet")
         self._num_replaced += len(messages) - positions[-1]
-        if self._conversation is not None:
-            self._conversation.drop_last_turn()
         return messages[positions[-1]]["content"]
 
     def drop_oldest(self, num_tokens: int) -> int:
         """Forget the oldest turns until ``num_tokens`` are free again; return how many turns."""
         conversation = self._ready("")
-        target = conversation.num_context_tokens - num_tokens
-        num_turns = 0
-        while conversation.num_context_tokens > target and conversation.drop_first_turn():
-            num_turns += 1
-        kept = sum(1 for message in conversation.messages if message["role"] != "system")
-        self.session.drop_first(len(self.messages) - kept)
-        return num_turns
+        messages = self.messages
+        wanted = conversation.num_tokens(self._with_system(messages)) - num_tokens
+        questions = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        ends = [*questions[1:], len(messages)]
+        enough = (
+            end
+            for end in ends
+            if conversation.num_tokens(self._with_system(messages[end:])) <= wanted
+        )
+        num_dropped = next(enough, len(messages))
+        self.session.drop_first(num_dropped)
+        return sum(question < num_dropped for question in questions)
+
+    def save_kv_cache(self) -> None:
+        """Write the KV cache to its file, if the user wants one and one sub-network made it.
+
+        Raises:
+            ResourceError: the file cannot be written.
+        """
+        path = self._kv_flags.file.prompt_cache_file
+        if path is None or self._conversation is None or self.stats is None:
+            return
+        if self._kv_file is None:
+            say(f"{path} stays as it was: several sub-networks took part in this chat")
+            return
+        self._kv_file.save(self._conversation.kv_cache)
 
     def _ready(self, text: str) -> Conversation:
+        """Return the conversation, with a sub-network that is selected if there is none yet."""
         if self.subnet is None:
             self._select(self._first_question() or text)
         assert self.subnet is not None
         if self._conversation is None:
-            self._restart_conversation()
-        assert self._conversation is not None
+            self._conversation, self._kv_file = begin_conversation(
+                self.assistant, self.subnet, self._kv_flags
+            )
         return self._conversation
+
+    def _with_system(self, messages: Messages) -> Messages:
+        """Return messages as the model reads them."""
+        if self.system_prompt is None:
+            return messages
+        return [{"role": "system", "content": self.system_prompt}, *messages]
 
     def _first_question(self) -> str | None:
         """Return the message that selects where no task does."""
@@ -323,70 +345,20 @@ class Chat:
         self.subnet = choose_subnetwork(self.assistant, self._choice, text)
         say(describe_subnetwork(self.subnet))
         if self._conversation is not None:
-            model, draft_model = self._models(self.subnet)
-            # Unless it is rebuilt, the KV cache is now of several sub-networks.
-            self._kv_file = self._new_kv_file(self.subnet) if self.rebuilds_kv else None
-            self._conversation.switch(model, rebuild_kv=self.rebuilds_kv, draft_model=draft_model)
+            self._conversation.switch(self.subnet.model)
+            self._kv_file = None  # the KV cache is now of several sub-networks
 
-    def _models(self, subnet: SubNetwork) -> tuple[nn.Module, nn.Module | None]:
-        """Return what answers and what drafts for it."""
-        if self.num_draft_tokens is None or subnet.selection is None:
-            return subnet.model, None
-        return self.assistant.dense().model, subnet.model
-
-    def _restart_conversation(self) -> None:
-        from ifp_mlx.chat.conversation import DEFAULT_DRAFT_TOKENS, Conversation
-
-        if self.subnet is None:
-            self._conversation = None
-            return
-        model, draft_model = self._models(self.subnet)
-        self._kv_file = self._new_kv_file(self.subnet)
-        kept = self._kv_file.load(say) if self._kv_file is not None else None
-        self._conversation = Conversation(
-            model,
-            self.assistant.tokenizer,
-            self.assistant.context_length,
-            system_prompt=self.system_prompt,
-            messages=self.messages,
-            kv_cache=kept[0] if kept else None,
-            kv_token_ids=kept[1] if kept else (),
-            draft_model=draft_model,
-            num_draft_tokens=self.num_draft_tokens or DEFAULT_DRAFT_TOKENS,
-        )
-
-    def save_kv_cache(self) -> None:
-        """Write the KV cache to its file, if the user wants one and one sub-network made it.
-
-        Raises:
-            ResourceError: the file cannot be written.
-        """
-        if self._kv_path is None or self._conversation is None or self.stats is None:
-            return
-        if self._kv_file is None:
-            say(f"{self._kv_path} stays as it was: several sub-networks took part in this chat")
-            return
-        self._kv_file.save(self._conversation.kv_cache, self._conversation.kv_token_ids)
-
-    def _new_kv_file(self, subnet: SubNetwork) -> KVCacheFile | None:
-        if self._kv_path is None:
-            return None
-        from ifp_mlx.chat.conversation import KVCacheOptions
-        from ifp_mlx.chat.kv_cache_file import KVCacheFile
-
-        options = dataclasses.asdict(KVCacheOptions())
-        return KVCacheFile(self._kv_path, self.assistant.kv_identity(subnet) | options)
-
-    def _adopt_session(self, session: Session, wanted: SubnetChoice) -> None:
+    def _adopt_session(self, session: Session, wanted: SubnetOptions) -> None:
         """Take over what a session was chatting with, but for what the user wants otherwise."""
         settings = session.settings
         if session.messages:
-            amount_wanted = wanted.keep is not None or wanted.keep_units is not None
-            self._choice = SubnetChoice(
+            amount = wanted.amount
+            if not amount.is_given and not wanted.dense:
+                amount = Amount(keep_units=settings.num_kept_units)
+            self._choice = SubnetOptions(
                 wanted.task or settings.task,
-                wanted.keep,
-                wanted.keep_units if amount_wanted or wanted.dense else settings.num_kept_units,
-                wanted.dense or (settings.dense and not amount_wanted),
+                amount,
+                wanted.dense or (settings.dense and not wanted.amount.is_given),
             )
             say(f"continuing {session.name}: {plural(len(session.messages), 'message')}")
         if session.messages and session.messages[-1]["role"] == "user":
@@ -395,7 +367,7 @@ class Chat:
 
     def _record_settings(self) -> None:
         dense = self._choice.dense
-        kept = self.subnet.num_kept_units if self.subnet else self._choice.keep_units
+        kept = self.subnet.num_kept_units if self.subnet else self._choice.amount.keep_units
         kept = None if dense else kept
         self.session.change_settings(
             SessionSettings(self.model_name, self.task, kept, dense, self.system_prompt)

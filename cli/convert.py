@@ -8,17 +8,15 @@ from typing import Annotated
 import typer
 
 from ifp_mlx.cli import options, writing_options
+from ifp_mlx.cli.option_groups import expands_options
 from ifp_mlx.cli.progress import bytes_progress
 from ifp_mlx.cli.terminal import gigabytes, print_json, say
-from ifp_mlx.cli.writing_options import (
-    DtypeName,
-    asked_quantization,
-    dtype_named,
-    refuse_existing,
-)
+from ifp_mlx.cli.writing_options import DtypeName, dtype_named, refuse_existing
 
 
+@expands_options
 def convert(
+    *,
     source: Annotated[
         str,
         typer.Argument(
@@ -35,9 +33,7 @@ def convert(
             show_default="as described",
         ),
     ] = None,
-    quantize: writing_options.QuantizeTo = None,
-    group_size: writing_options.GroupSize = None,
-    mode: writing_options.Mode = None,
+    quantization_flags: writing_options.QuantizationFlags,
     unit_major: Annotated[
         bool,
         typer.Option(
@@ -54,7 +50,7 @@ def convert(
     from ifp_mlx.storage.origin import Origin
 
     refuse_existing(output, force=force)
-    quantization = asked_quantization(quantize, group_size, mode)
+    quantization = quantization_flags.quantization
     with bytes_progress() as progress:
         path, origin = Path(source).expanduser(), None
         if not path.exists() and is_hub_id(source):

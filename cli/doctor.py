@@ -95,9 +95,9 @@ def _folders() -> dict[str, Any]:
         subnet_cache_folder,
     )
     from ifp_mlx.subnets.compact_store import stored_bytes
-    from ifp_mlx.subnets.task_cache import SubNetCache
+    from ifp_mlx.subnets.task_cache import TaskCache
 
-    cache = SubNetCache(subnet_cache_folder())
+    cache = TaskCache(subnet_cache_folder())
     entries = cache.entries()
     existing = home_folder()
     while not existing.exists():
@@ -131,9 +131,10 @@ def _models() -> list[dict[str, Any]]:
         else:
             available = usable_memory_bytes()
             facts |= {
-                "num_units": sizes.num_units,
-                "dense_bytes": sizes.predict(sizes.num_units, _CONTEXT_TOKENS).total_bytes,
+                "num_units": sizes.amounts.num_units,
+                "dense_bytes": sizes.predict(sizes.amounts.num_units, _CONTEXT_TOKENS).total_bytes,
                 "context_tokens": _CONTEXT_TOKENS,
+                "smallest_k": sizes.amounts.least,
                 "largest_k": sizes.largest_k_that_fits(_CONTEXT_TOKENS, available),
             }
         found.append(facts)
@@ -212,7 +213,7 @@ def _describe_model(model: dict[str, Any]) -> str:
     if model["largest_k"] == model["num_units"]:
         return f"{name}: {dense}, which fits"
     if model["largest_k"] is None:
-        return f"{name}: {dense}; not even 64 units fit"
+        return f"{name}: {dense}; not even {model['smallest_k']} units fit"
     fits = f"--keep-units {model['largest_k']} of {model['num_units']} is the most that fits"
     return f"{name}: {dense}; {fits}"
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ifp_mlx.cli import measuring, options
-from ifp_mlx.cli.loading import ModelChoice
+from ifp_mlx.cli.option_groups import expands_options
 from ifp_mlx.cli.terminal import answer_console, print_json, say
 from ifp_mlx.errors import UsageError
 
@@ -32,7 +32,9 @@ class _Report:
     numbers: dict[Row, float]
 
 
+@expands_options
 def evaluate(
+    *,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -66,7 +68,7 @@ def evaluate(
             "--rows",
             metavar="ROW,...",
             help="What to measure, each SELECTOR[:ARGUMENT][+CHANGE][@KEEP]: "
-            "dense,static@0.67,static:math@0.5,blend+compensate@768. Explained above.",
+            "dense,static@0.67,static:math@0.5,predictor+task@768. Explained above.",
         ),
     ] = None,
     selector: Annotated[
@@ -106,9 +108,7 @@ def evaluate(
     max_tokens: options.MaxTokens = 256,
     domains: measuring.Domains = None,
     tasks: measuring.Tasks = None,
-    model: options.Model = options.DEFAULT_MODEL,
-    adapter: options.Adapter = None,
-    no_adapter: options.NoAdapter = False,
+    source: options.ModelOptions,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the table by domain as Markdown.")
     ] = False,
@@ -124,10 +124,9 @@ def evaluate(
     Selectors: dense, predictor, blend[:PRIOR-SHARE], prompt, static[:TASK], domain (the prior of
     the text's own domain), random[:SEED].
 
-    Changes: +task (the domain's task description selects for all its texts), +compensate (removed
-    units contribute their mean), +adapted (cut from the adapter's weights, as predictor rows are),
-    and two controls, +fixed (the mean mask for every text) and +shuffled (each text gets the mask
-    of another domain's).
+    Changes: +task (the domain's task description selects for all its texts), +adapted (cut from the
+    adapter's weights, as predictor rows are), and two controls, +fixed (the mean mask for every
+    text) and +shuffled (each text gets the mask of another domain's).
     """
     if data is None and choices is None and numbers is None:
         raise UsageError("nothing to measure on; pass --data, --choices or --numbers")
@@ -137,9 +136,7 @@ def evaluate(
         raise UsageError("--json and --markdown exclude each other; give one")
     if markdown and data is None:
         raise UsageError("--markdown prints the table by domain; pass --data")
-    assistant, subject = measuring.load_subject(
-        ModelChoice(model, adapter, no_adapter, use_cache=False), tasks
-    )
+    assistant, subject = measuring.load_subject(source, tasks)
     chosen = measuring.parse_rows(
         rows.split(",") if rows else _names(assistant, selector, keep), assistant
     )
@@ -186,8 +183,8 @@ def evaluate(
 def _names(assistant: Assistant, selectors: list[str] | None, keeps: list[str] | None) -> list[str]:
     """Return the rows that --selector and --keep ask for, or a useful first comparison."""
     if selectors is None:
-        selectors = [assistant.selector_name]
-        if assistant.calibration is not None:
+        selectors = [str(assistant.files.selector)]
+        if assistant.files.calibration is not None:
             selectors += ["blend", "static"]
         selectors += ["random"]
     amounts = [f"@{keep}" for keep in keeps] if keeps else [""]

@@ -8,33 +8,25 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ifp_mlx.cli import options, writing_options
-from ifp_mlx.cli.loading import (
-    ModelChoice,
-    SubnetChoice,
-    choose_subnetwork,
-    describe_subnetwork,
-    load_assistant,
-)
+from ifp_mlx.cli.loading import choose_subnetwork, describe_subnetwork, load_assistant
 from ifp_mlx.cli.measuring import measuring
+from ifp_mlx.cli.option_groups import expands_options
 from ifp_mlx.cli.progress import bytes_progress
 from ifp_mlx.cli.terminal import gigabytes, print_json, say
-from ifp_mlx.cli.writing_options import (
-    DtypeName,
-    asked_quantization,
-    dtype_named,
-    refuse_existing,
-)
+from ifp_mlx.cli.writing_options import DtypeName, dtype_named, refuse_existing
 from ifp_mlx.errors import UsageError
 
 if TYPE_CHECKING:
     from ifp_mlx.assistant import Assistant
     from ifp_mlx.convert.model_card import MeasuredQuality
-    from ifp_mlx.subnets.compact_models import SubNetwork
+    from ifp_mlx.subnets.subnetwork import SubNetwork
 
 GGUFType = Literal["f32", "f16", "bf16", "q8_0"]
 
 
+@expands_options
 def export(
+    *,
     output: writing_options.Output,
     task: options.Task = None,
     selection: Annotated[
@@ -47,16 +39,10 @@ def export(
             rich_help_panel="Sub-network",
         ),
     ] = None,
-    keep: options.Keep = None,
-    keep_units: options.KeepUnits = None,
+    amount: options.Amount,
     selector: options.Selector = "auto",
-    compensate: options.Compensate = False,
-    model: options.Model = options.DEFAULT_MODEL,
-    adapter: options.Adapter = None,
-    no_adapter: options.NoAdapter = False,
-    quantize: writing_options.QuantizeTo = None,
-    group_size: writing_options.GroupSize = None,
-    mode: writing_options.Mode = None,
+    source: options.ModelOptions,
+    quantization_flags: writing_options.QuantizationFlags,
     dequantize: Annotated[
         bool,
         typer.Option(
@@ -110,22 +96,16 @@ def export(
     refuse_existing(output, force=force)
     if gguf is not None:
         refuse_existing(gguf, force=force)
-    quantization = asked_quantization(quantize, group_size, mode)
+    quantization = quantization_flags.quantization
     if dequantize and quantization is not None:
         raise UsageError("--dequantize and --quantize exclude each other; give one")
-    choice = SubnetChoice(task=task, keep=keep, keep_units=keep_units)
+    subnet_options = options.SubnetOptions(task, amount)
+    # What is written in another form is not rounded for this one first.
+    exact_down = dequantize or quantization is not None
     assistant = load_assistant(
-        ModelChoice(
-            model=model,
-            adapter=adapter,
-            no_adapter=no_adapter,
-            selector=selector,
-            compensate=compensate,
-            # What is written in another form is not rounded for this one first.
-            exact_down=dequantize or quantization is not None,
-        )
+        options.AssistantOptions(selector, exact_down=exact_down, source=source)
     )
-    subnet = _subnetwork(assistant, choice, selection)
+    subnet = _subnetwork(assistant, subnet_options, selection)
     if subnet.selection is None:
         raise UsageError("all units are kept: that is the model itself; ifp quantize copies it")
     say(describe_subnetwork(subnet))
@@ -139,14 +119,13 @@ def export(
         base_model=origin.base_model,
         licence=origin.licence,
         task=task,
-        selector=subnet.selector,
+        selector=str(subnet.selector),
         num_kept_units=subnet.num_kept_units,
         num_units=subnet.num_units,
-        num_layers=subnet.selection.num_layers,
+        num_layers=len(subnet.selection.pick.layers),
         active_parameters=subnet.active_parameters,
         total_parameters=subnet.total_parameters,
-        adapted=assistant.adapter is not None and assistant.selector_name == "predictor",
-        compensated=compensate,
+        adapted=assistant.files.is_adapted,
         requantization_error=subnet.requantization_error,
         quality=_measure(assistant, subnet, data, limit) if data is not None else {},
     )
@@ -174,7 +153,7 @@ def export(
                 "num_bytes": made.num_bytes,
                 "is_plain": made.is_plain,
                 "gguf": None if gguf is None else str(gguf),
-                "selector": subnet.selector,
+                "selector": str(subnet.selector),
                 "num_kept_units": subnet.num_kept_units,
                 "num_units": subnet.num_units,
                 "active_parameters": subnet.active_parameters,
@@ -182,17 +161,20 @@ def export(
             }
         )
         return
-    say(f"{made.path}: {gigabytes(made.num_bytes)}, intermediate_size {subnet.num_kept_units}")
+    widths = "".join(f", {key} {subnet.num_kept_units}" for key in subnet.kind.config_fields)
+    say(f"{made.path}: {gigabytes(made.num_bytes)}{widths}")
     if gguf is not None:
         say(f"{gguf}: {gigabytes(gguf.stat().st_size)}")
     if not made.is_plain:
         say("its weights are packed, for mlx-lm; --dequantize writes them for transformers")
 
 
-def _subnetwork(assistant: Assistant, choice: SubnetChoice, file: Path | None) -> SubNetwork:
+def _subnetwork(
+    assistant: Assistant, subnet_options: options.SubnetOptions, file: Path | None
+) -> SubNetwork:
     if file is None:
-        return choose_subnetwork(assistant, choice, "")
-    if choice.keep is not None or choice.keep_units is not None:
+        return choose_subnetwork(assistant, subnet_options, "")
+    if subnet_options.amount.is_given:
         raise UsageError("--selection says how many units; leave out --keep and --keep-units")
     from ifp_mlx.selection.selection import Selection
 

@@ -1,130 +1,96 @@
-"""From flags to an assistant and a sub-network, and the lines that say what was done."""
+"""From options to an assistant and a sub-network, and the lines that say what was done."""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from ifp_mlx.cli.terminal import duration, say, working
-from ifp_mlx.errors import UsageError
+from ifp_mlx.cli.options import Amount, AssistantOptions, SubnetOptions
+from ifp_mlx.cli.terminal import duration, say, title, working
 
 if TYPE_CHECKING:  # the command line must not load mlx before a command needs it
     from ifp_mlx.assistant import Assistant
-    from ifp_mlx.selection.selection import Selection
-    from ifp_mlx.subnets.compact_models import SubNetwork
-
-_TITLE_CHARACTERS = 60
+    from ifp_mlx.subnets.subnetwork import SubNetwork
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelChoice:
-    """What the flags say about the model and how its sub-networks are picked."""
-
-    model: str
-    adapter: Path | None = None
-    no_adapter: bool = False
-    selector: str = "auto"
-    compensate: bool = False
-    reuse: float | None = None
-    use_cache: bool = True
-    force: bool = False
-    exact_down: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class SubnetChoice:
-    """What the flags say about one sub-network."""
-
-    task: str | None = None
-    keep: float | None = None
-    keep_units: int | None = None
-    dense: bool = False
-    examples: tuple[str, ...] = ()
-
-    @property
-    def needs_dense(self) -> bool:
-        """Whether the dense model is needed for sure: to answer, or to read the first message."""
-        return self.dense or self.task is None
-
-    def __post_init__(self) -> None:
-        """Refuse flags that exclude each other, before a model is loaded for them."""
-        if self.keep is not None and self.keep_units is not None:
-            raise UsageError("--keep and --keep-units exclude each other; give one")
-        if self.dense and (self.keep is not None or self.keep_units is not None):
-            raise UsageError("--dense keeps every unit; leave out --keep and --keep-units")
-        if self.task is not None and not self.task.strip():
-            raise UsageError("--task is empty; describe the task in a sentence, or leave it out")
-
-
-def load_assistant(choice: ModelChoice, *, preload: bool = True) -> Assistant:
-    """Load the model that the flags name, with a spinner while that takes.
+def load_assistant(options: AssistantOptions, *, preload: bool = True) -> Assistant:
+    """Load the model that the options name, with a spinner while that takes.
 
     Args:
-        choice: the flags.
+        options: which model, and how it is used.
         preload: False leaves the dense model alone until something needs it.
     """
-    if choice.adapter is not None and choice.no_adapter:
-        raise UsageError("--adapter and --no-adapter exclude each other; give one")
-    with working(f"loading {Path(choice.model).name}"):
+    source = options.source
+    with working(f"loading {Path(source.model).name}"):
         from ifp_mlx.assistant import Assistant
         from ifp_mlx.convert.registry import resolve_model
+        from ifp_mlx.selection.spec import SelectorSpec
         from ifp_mlx.storage.home import subnet_cache_folder
-        from ifp_mlx.subnets.task_cache import SubNetCache
+        from ifp_mlx.subnets.task_cache import TaskCache
 
-        cache = SubNetCache(subnet_cache_folder(), on_warning=say) if choice.use_cache else None
+        auto = options.selector == "auto"
         return Assistant.load(
-            resolve_model(choice.model),
-            adapter=choice.adapter,
-            use_adapter=not choice.no_adapter,
-            selector=None if choice.selector == "auto" else choice.selector,
-            compensate=choice.compensate,
-            cache=cache,
-            reuse_threshold=choice.reuse,
-            exact_down=choice.exact_down,
-            force=choice.force,
+            resolve_model(source.model),
+            adapter=source.adapter,
+            use_adapter=not source.no_adapter,
+            selector=None if auto else SelectorSpec.parse(options.selector),
+            options=options.cut,
+            cache=None if options.no_cache else TaskCache(subnet_cache_folder()),
+            reuse_threshold=options.reuse,
             preload=preload,
-            on_warning=say,
         )
 
 
-def num_kept_units(assistant: Assistant, choice: SubnetChoice) -> int:
-    """Return K for the flags; says so when ``--keep`` had to be rounded.
+def num_kept_units(assistant: Assistant, amount: Amount) -> int:
+    """Return K for an amount; says so when ``--keep`` had to be rounded.
 
     Raises:
-        UsageError: out of range, or not a multiple of 64.
+        UsageError: the model cannot be cut to that amount.
     """
-    from ifp_mlx.units.amounts import check_keep_units, round_keep_ratio
-
-    if choice.keep_units is not None:
-        return check_keep_units(choice.keep_units, assistant.num_units)
-    if choice.keep is None:
+    amounts = assistant.amounts
+    if amount.keep_units is not None:
+        return amounts.check(amount.keep_units)
+    if amount.keep is None:
         return assistant.default_num_kept_units
-    kept = round_keep_ratio(choice.keep, assistant.num_units)
-    if kept != choice.keep * assistant.num_units:
+    kept = amounts.nearest(amount.keep)
+    if kept != amount.keep * amounts.num_units:
         say(
-            f"--keep {choice.keep:g} is {kept} of {assistant.num_units} units "
-            f"({kept / assistant.num_units:.3f}), the nearest multiple of 64"
+            f"--keep {amount.keep:g} is {kept} of {amounts.num_units} {amounts.label} "
+            f"({kept / amounts.num_units:.3f}), the nearest that can be kept"
         )
     return kept
 
 
-def choose_subnetwork(assistant: Assistant, choice: SubnetChoice, first_message: str) -> SubNetwork:
-    """Return the sub-network for the task, or for the first message if there is no task."""
-    if choice.dense:
+def choose_subnetwork(
+    assistant: Assistant,
+    options: SubnetOptions,
+    first_message: str,
+    examples: Sequence[str] = (),
+) -> SubNetwork:
+    """Return the sub-network for the task, or for the first message if there is no task.
+
+    Args:
+        assistant: makes it.
+        options: which one.
+        first_message: what selects without a task.
+        examples: inputs of the task, which select along with its description.
+    """
+    if options.dense:
         return assistant.dense()
-    kept = num_kept_units(assistant, choice)
+    kept = num_kept_units(assistant, options.amount)
     with working("preparing the sub-network"):
-        if choice.task is not None:
-            return assistant.subnetwork_for_task(choice.task, kept, choice.examples)
+        if options.task is not None:
+            return assistant.subnetwork_for_task(options.task, kept, examples)
         return assistant.subnetwork_for_prompt(first_message, kept)
 
 
 def describe_subnetwork(subnet: SubNetwork) -> str:
     """Return the line that says which sub-network answers, and where it came from."""
+    units = subnet.kind.label
     if subnet.selection is None:
-        return f"dense: all {subnet.num_units} FFN units of each layer"
-    amount = f"{subnet.num_kept_units} of {subnet.num_units} FFN units"
+        return f"dense: all {subnet.num_units} {units} of each layer"
+    amount = f"{subnet.num_kept_units} of {subnet.num_units} {units}"
     purpose = f'for "{title(subnet.task)}"' if subnet.task else "for this prompt"
     if subnet.reused_task is not None:
         overlap = subnet.reuse_overlap or 0.0
@@ -146,14 +112,3 @@ def _requantization(subnet: SubNetwork) -> str:
     if not subnet.requantization_error:
         return ""
     return f", down projections at 8 bits (error {subnet.requantization_error:.2%})"
-
-
-def mean_overlap(one: Selection, other: Selection) -> float:
-    """Return the share of units that two selections have in common, the mean over layers."""
-    return cast(float, one.overlap(other).mean().item())
-
-
-def title(text: str | None) -> str:
-    """Return a text as one short line."""
-    line = " ".join((text or "").split())
-    return line if len(line) <= _TITLE_CHARACTERS else f"{line[: _TITLE_CHARACTERS - 1]}…"

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ifp_mlx.cli.loading import ModelChoice, load_assistant
+from ifp_mlx.cli.loading import load_assistant
+from ifp_mlx.cli.options import AssistantOptions, ModelOptions
 from ifp_mlx.cli.terminal import say, status_console
 
 if TYPE_CHECKING:  # the command line must not load mlx before a command needs it
@@ -40,9 +41,9 @@ Tasks = Annotated[
 ]
 
 
-def load_subject(choice: ModelChoice, tasks: Path | None) -> tuple[Assistant, Subject]:
-    """Return the assistant that the flags name, and what of it is measured."""
-    assistant = load_assistant(choice)
+def load_subject(source: ModelOptions, tasks: Path | None) -> tuple[Assistant, Subject]:
+    """Return the assistant that the flags name, and what of it is measured; nothing is cached."""
+    assistant = load_assistant(AssistantOptions(no_cache=True, source=source))
     from ifp_mlx.evaluation.quality import load_task_descriptions
     from ifp_mlx.evaluation.subject import TASK_DESCRIPTIONS, Subject
 
@@ -53,8 +54,9 @@ def parse_rows(names: list[str], assistant: Assistant) -> list[Row]:
     """Return the rows that texts describe, each once."""
     from ifp_mlx.evaluation.rows import parse_row
 
-    default = assistant.default_num_kept_units
-    return list(dict.fromkeys(parse_row(name, assistant.num_units, default) for name in names))
+    amounts, default = assistant.amounts, assistant.default_num_kept_units
+    rows = (parse_row(name, amounts, default) for name in names)
+    return list(dict.fromkeys(rows))
 
 
 @contextlib.contextmanager

@@ -1,9 +1,19 @@
-"""Flags that several commands share, each defined once. Names follow mlx-lm where it has them."""
+"""Flags that several commands share, each defined once, and groups of those that go together.
 
+Names follow mlx-lm where it has them. How groups become flags: ``option_groups``.
+"""
+
+import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from ifp_mlx.chat.sampling import SamplingOptions
+from ifp_mlx.errors import UsageError
+
+if TYPE_CHECKING:  # the command line must not load mlx before a command needs it
+    from ifp_mlx.slicing.compact import CutOptions
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -13,14 +23,6 @@ def model_names() -> list[str]:
     from ifp_mlx.storage.home import models_folder
 
     return sorted(path.parent.name for path in models_folder().glob("*/config.json"))
-
-
-def session_names() -> list[str]:
-    """Return the names of the saved chats, the latest first."""
-    from ifp_mlx.chat.session import list_sessions
-    from ifp_mlx.storage.home import sessions_folder
-
-    return [summary.name for summary in list_sessions(sessions_folder())]
 
 
 Model = Annotated[
@@ -33,18 +35,6 @@ Model = Annotated[
         help="A model that ifp pull or ifp convert made: its name, or its folder.",
     ),
 ]
-Adapter = Annotated[
-    Path | None,
-    typer.Option(
-        "--adapter",
-        metavar="FOLDER",
-        help="An IFP adapter folder to use instead of the one in the model's ifp/ folder.",
-    ),
-]
-NoAdapter = Annotated[
-    bool,
-    typer.Option("--no-adapter", help="Use the model without any adapter."),
-]
 Task = Annotated[
     str | None,
     typer.Option(
@@ -55,22 +45,6 @@ Task = Annotated[
         "Without it the first message selects.",
     ),
 ]
-Keep = Annotated[
-    float | None,
-    typer.Option(
-        "--keep",
-        metavar="RATIO",
-        help="Share of the FFN units to keep, above 0 up to 1; rounded to the nearest 64 units.",
-    ),
-]
-KeepUnits = Annotated[
-    int | None,
-    typer.Option(
-        "--keep-units",
-        metavar="K",
-        help="FFN units to keep in each layer: a multiple of 64, or all of them.",
-    ),
-]
 Selector = Annotated[
     str,
     typer.Option(
@@ -78,16 +52,6 @@ Selector = Annotated[
         metavar="NAME",
         help="What picks the units: predictor, blend, static, static:TASK, prompt or random; "
         "auto takes the best that this model has.",
-    ),
-]
-Dense = Annotated[
-    bool,
-    typer.Option("--dense", help="Use the whole model, for comparison."),
-]
-Compensate = Annotated[
-    bool,
-    typer.Option(
-        "--compensate/--no-compensate", help="Add the removed units' mean contribution as a bias."
     ),
 ]
 Reuse = Annotated[
@@ -101,22 +65,6 @@ Reuse = Annotated[
         "least this much; 0 turns it off. With the predictor 0.85 if not given, otherwise 0.",
     ),
 ]
-ExactDown = Annotated[
-    bool,
-    typer.Option(
-        "--exact-down",
-        help="Of a quantized model, do not quantize columns of down projections again, at 8 bits: "
-        "exact, slower, and in more memory if few units are kept.",
-    ),
-]
-Force = Annotated[
-    bool,
-    typer.Option("--force", help="Load the sub-network even if it is predicted not to fit."),
-]
-NoCache = Annotated[
-    bool,
-    typer.Option("--no-cache", help="Neither read nor write the sub-network cache."),
-]
 MaxTokens = Annotated[
     int,
     typer.Option("--max-tokens", "-m", min=1, metavar="N", help="Longest answer, in tokens."),
@@ -125,78 +73,190 @@ Temp = Annotated[
     float,
     typer.Option("--temp", min=0.0, metavar="T", help="Sampling temperature; 0 is greedy."),
 ]
-TopP = Annotated[
-    float,
-    typer.Option(
-        "--top-p",
-        min=0.0,
-        max=1.0,
-        metavar="P",
-        help="Sample from the most likely tokens of this total probability.",
-    ),
-]
-TopK = Annotated[
-    int,
-    typer.Option(
-        "--top-k",
-        min=0,
-        metavar="N",
-        help="Sample from this many of the most likely tokens; 0 is all.",
-    ),
-]
-MinP = Annotated[
-    float,
-    typer.Option(
-        "--min-p",
-        min=0.0,
-        max=1.0,
-        metavar="P",
-        help="Drop tokens less likely than this share of the likeliest.",
-    ),
-]
-RepetitionPenalty = Annotated[
-    float | None,
-    typer.Option(
-        "--repetition-penalty",
-        metavar="X",
-        help="Against loops: above 1, such as 1.1, makes each of the last 20 tokens, of the prompt "
-        "as well, less likely to come again. Off if not given.",
-    ),
-]
-Seed = Annotated[
-    int | None,
-    typer.Option("--seed", metavar="N", help="Makes sampling repeatable."),
-]
 SystemPrompt = Annotated[
     str | None,
     typer.Option(
         "--system-prompt", metavar="TEXT", help="A system message before the conversation."
     ),
 ]
-PromptCacheFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--prompt-cache-file",
-        metavar="FILE",
-        help="Keep the keys and values of the conversation in this .safetensors file: the next "
-        "run with the same sub-network reads only what is new.",
-    ),
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-Lossless = Annotated[
-    bool,
-    typer.Option(
-        "--lossless",
-        help="Let the sub-network draft and the whole model check: the words are the whole "
-        "model's. The statistics show how many drafted tokens it accepted.",
-    ),
-]
-NumDraftTokens = Annotated[
-    int,
-    typer.Option(
-        "--num-draft-tokens",
-        metavar="N",
-        min=1,
-        help="With --lossless: tokens drafted before each check.",
-    ),
-]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and which of its adapters."""
+
+    model: Model = DEFAULT_MODEL
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            "--adapter",
+            metavar="FOLDER",
+            help="An IFP adapter folder to use instead of the one in the model's ifp/ folder.",
+        ),
+    ] = None
+    no_adapter: Annotated[
+        bool, typer.Option("--no-adapter", help="Use the model without any adapter.")
+    ] = False
+
+    def __post_init__(self) -> None:
+        """Refuse flags that exclude each other."""
+        if self.adapter is not None and self.no_adapter:
+            raise UsageError("--adapter and --no-adapter exclude each other; give one")
+
+
+@dataclasses.dataclass(frozen=True)
+class Amount:
+    """How many units a sub-network keeps; the model's default if neither flag says."""
+
+    keep: Annotated[
+        float | None,
+        typer.Option(
+            "--keep",
+            metavar="RATIO",
+            help="Share of the FFN units to keep, above 0 up to 1; rounded to the nearest 64 "
+            "units.",
+        ),
+    ] = None
+    keep_units: Annotated[
+        int | None,
+        typer.Option(
+            "--keep-units",
+            metavar="K",
+            help="FFN units to keep in each layer: a multiple of 64, or all of them.",
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        """Refuse flags that exclude each other."""
+        if self.keep is not None and self.keep_units is not None:
+            raise UsageError("--keep and --keep-units exclude each other; give one")
+
+    @property
+    def is_given(self) -> bool:
+        """Whether either flag says it."""
+        return self.keep is not None or self.keep_units is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class SubnetOptions:
+    """Which part of the model answers."""
+
+    task: Task = None
+    amount: Amount = Amount()
+    dense: Annotated[bool, typer.Option("--dense", help="Use the whole model, for comparison.")] = (
+        False
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse flags that exclude each other, before a model is loaded for them."""
+        if self.dense and self.amount.is_given:
+            raise UsageError("--dense keeps every unit; leave out --keep and --keep-units")
+        if self.task is not None and not self.task.strip():
+            raise UsageError("--task is empty; describe the task in a sentence, or leave it out")
+
+    @property
+    def needs_dense_model(self) -> bool:
+        """Whether the dense model is needed for sure: to answer, or to read the first message."""
+        return self.dense or self.task is None
+
+
+@dataclasses.dataclass(frozen=True)
+class AssistantOptions:
+    """What an assistant is made of: a model, what picks its units, and how they are cut."""
+
+    selector: Selector = "auto"
+    reuse: Reuse = None
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Neither read nor write the sub-network cache.")
+    ] = False
+    exact_down: Annotated[
+        bool,
+        typer.Option(
+            "--exact-down",
+            help="Of a quantized model, do not quantize columns of down projections again, at 8 "
+            "bits: exact, slower, and in more memory if few units are kept.",
+        ),
+    ] = False
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Load the sub-network even if it is predicted not to fit."),
+    ] = False
+    source: ModelOptions = ModelOptions()
+
+    def with_model(self, model: str) -> "AssistantOptions":
+        """Return the same with another model."""
+        return dataclasses.replace(self, source=dataclasses.replace(self.source, model=model))
+
+    @property
+    def cut(self) -> "CutOptions":
+        """How sub-networks are cut."""
+        from ifp_mlx.slicing.compact import CutOptions
+
+        return CutOptions(exact_down=self.exact_down, force=self.force)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingFlags:
+    """How answers are drawn."""
+
+    max_tokens: MaxTokens = 512
+    temp: Temp = 0.0
+    top_p: Annotated[
+        float,
+        typer.Option(
+            "--top-p",
+            min=0.0,
+            max=1.0,
+            metavar="P",
+            help="Sample from the most likely tokens of this total probability.",
+        ),
+    ] = 1.0
+    top_k: Annotated[
+        int,
+        typer.Option(
+            "--top-k",
+            min=0,
+            metavar="N",
+            help="Sample from this many of the most likely tokens; 0 is all.",
+        ),
+    ] = 0
+    min_p: Annotated[
+        float,
+        typer.Option(
+            "--min-p",
+            min=0.0,
+            max=1.0,
+            metavar="P",
+            help="Drop tokens less likely than this share of the likeliest.",
+        ),
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(
+            "--repetition-penalty",
+            metavar="X",
+            help="Against loops: above 1, such as 1.1, makes each of the last 20 tokens, of the "
+            "prompt as well, less likely to come again. Off if not given.",
+        ),
+    ] = None
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="N", help="Makes sampling repeatable.")
+    ] = None
+
+    @property
+    def options(self) -> SamplingOptions:
+        """The library's form.
+
+        Raises:
+            UsageError: a value is out of range.
+        """
+        return SamplingOptions(
+            max_new_tokens=self.max_tokens,
+            temperature=self.temp,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+        )

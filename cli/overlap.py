@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ifp_mlx.cli import measuring, options
-from ifp_mlx.cli.loading import ModelChoice, SubnetChoice, num_kept_units
+from ifp_mlx.cli.loading import num_kept_units
+from ifp_mlx.cli.option_groups import expands_options
 from ifp_mlx.cli.terminal import answer_console, print_json, say
 from ifp_mlx.errors import UsageError
 
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     from ifp_mlx.evaluation.overlap import Overlap
 
 
+@expands_options
 def overlap(
+    *,
     data: measuring.Data,
     selector: Annotated[
         str,
@@ -27,8 +30,7 @@ def overlap(
             "predictor+task; auto takes the best that this model has.",
         ),
     ] = "auto",
-    keep: options.Keep = None,
-    keep_units: options.KeepUnits = None,
+    amount: options.Amount,
     limit: Annotated[
         int, typer.Option("--limit", min=2, metavar="N", help="Inputs a domain, the first N.")
     ] = 20,
@@ -42,9 +44,7 @@ def overlap(
             help="Draw the first, middle and last layer as PNG (needs the plots extra).",
         ),
     ] = None,
-    model: options.Model = options.DEFAULT_MODEL,
-    adapter: options.Adapter = None,
-    no_adapter: options.NoAdapter = False,
+    source: options.ModelOptions,
     as_json: options.AsJson = False,
 ) -> None:
     """Measure how much the sub-networks of different inputs have in common, by layer.
@@ -53,13 +53,12 @@ def overlap(
     share K/F of their units: above chance, 0 is random and 1 is identical. A selector that follows
     its input has more overlap within a domain than between domains.
     """
-    assistant, subject = measuring.load_subject(
-        ModelChoice(model, adapter, no_adapter, use_cache=False), tasks
-    )
-    kept = num_kept_units(assistant, SubnetChoice(keep=keep, keep_units=keep_units))
-    name = assistant.selector_name if selector == "auto" else selector
-    amount = "" if name.startswith("dense") else f"@{kept}"
-    (row,) = measuring.parse_rows([name + amount], assistant)
+    assistant, subject = measuring.load_subject(source, tasks)
+    kept = num_kept_units(assistant, amount)
+    name = str(assistant.files.selector) if selector == "auto" else selector
+    if not name.startswith("dense"):
+        name = f"{name}@{kept}"
+    (row,) = measuring.parse_rows([name], assistant)
 
     from ifp_mlx.evaluation.heat_maps import write_heat_maps
     from ifp_mlx.evaluation.overlap import overlap as overlap_of

@@ -24,14 +24,14 @@ def prepare(
     that loading a sub-network reads only what it keeps. Deleting it costs nothing but that.
     """
     from ifp_mlx.convert.registry import resolve_model
-    from ifp_mlx.slicing.unit_file import SIDE_FILE, side_file_is_current, write_side_file
+    from ifp_mlx.slicing.unit_file import UNIT_FILE, unit_file_is_current, write_unit_file
 
     path = resolve_model(model)
-    target = path / SIDE_FILE
-    written = force or not side_file_is_current(path)
+    target = path / UNIT_FILE
+    written = force or not unit_file_is_current(path)
     if written:
         with bytes_progress() as progress:
-            write_side_file(path, on_bytes=lambda done, total: progress("preparing", done, total))
+            write_unit_file(path, on_bytes=lambda done, total: progress("preparing", done, total))
     size_bytes = target.stat().st_size
     if as_json:
         print_json({"path": str(target), "size_bytes": size_bytes, "written": written})

@@ -2,32 +2,140 @@
 
 from __future__ import annotations
 
-import os
+import dataclasses
 import signal
-import sys
 import threading
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ifp_mlx.cli import options
-from ifp_mlx.cli.loading import (
-    ModelChoice,
-    SubnetChoice,
-    describe_subnetwork,
-    load_assistant,
-    num_kept_units,
-)
+from ifp_mlx.cli.loading import describe_subnetwork, load_assistant, num_kept_units
+from ifp_mlx.cli.option_groups import expands_options
 from ifp_mlx.cli.terminal import plural, say, working
 from ifp_mlx.errors import ResourceError, UsageError
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the command line must not load mlx before a command needs it
     from ifp_mlx.assistant import Assistant
-    from ifp_mlx.server.http import Server
+    from ifp_mlx.server.engine import EngineOptions
+    from ifp_mlx.server.http import Limits, Server
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
+@dataclasses.dataclass(frozen=True)
+class ServedAssistantOptions(options.AssistantOptions):
+    """What the assistant is made of: its tasks have names, so each has a sub-network of its own."""
+
+    reuse: options.Reuse = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class AddressOptions:
+    """Where the server is, and who may use it."""
+
+    host: Annotated[
+        str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")
+    ] = "127.0.0.1"
+    port: Annotated[
+        int,
+        typer.Option(
+            "--port", metavar="N", min=0, max=65535, help="Port to listen on; 0 takes a free one."
+        ),
+    ] = 8080
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key",
+            envvar="IFP_API_KEY",
+            metavar="KEY",
+            help="Clients must send this key as a bearer token. In the environment it stays out of "
+            "the list of processes.",
+        ),
+    ] = None
+
+    @property
+    def shown_host(self) -> str:
+        """The address as a URL has it."""
+        return f"[{self.host}]" if ":" in self.host else self.host
+
+
+@dataclasses.dataclass(frozen=True)
+class DefaultAnswerOptions:
+    """How a request is answered that does not say how."""
+
+    max_tokens: options.MaxTokens = 512
+    temp: options.Temp = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineFlags:
+    """How answers are made together."""
+
+    decode_concurrency: Annotated[
+        int,
+        typer.Option(
+            "--decode-concurrency",
+            metavar="N",
+            min=1,
+            help="Answers of one sub-network that are made together.",
+        ),
+    ] = 8
+    prompt_cache_bytes: Annotated[
+        int,
+        typer.Option(
+            "--prompt-cache-bytes",
+            metavar="N",
+            min=0,
+            help="Memory for the KV caches of earlier requests.",
+        ),
+    ] = 10**9
+
+    @property
+    def options(self) -> EngineOptions:
+        """The library's form."""
+        from ifp_mlx.server.engine import EngineOptions
+
+        together = self.decode_concurrency
+        return EngineOptions(together, together, prompt_cache_bytes=self.prompt_cache_bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class LimitFlags:
+    """What requests may take."""
+
+    max_requests: Annotated[
+        int,
+        typer.Option(
+            "--max-requests",
+            metavar="N",
+            min=1,
+            help="Requests in work and waiting; one more is refused with 429.",
+        ),
+    ] = 64
+    max_body_bytes: Annotated[
+        int,
+        typer.Option("--max-body-bytes", metavar="N", min=1, help="Largest request body."),
+    ] = 2**20
+    time_limit: Annotated[
+        float,
+        typer.Option(
+            "--time-limit",
+            metavar="SECONDS",
+            min=0.1,
+            help="Longest time for one answer, waiting included; then 503 or 504.",
+        ),
+    ] = 300.0
+
+    @property
+    def limits(self) -> Limits:
+        """The library's form."""
+        from ifp_mlx.server.http import Limits
+
+        return Limits(self.max_body_bytes, self.max_requests, self.time_limit)
+
+
+@expands_options
 def serve(
     task: Annotated[
         list[str] | None,
@@ -38,78 +146,13 @@ def serve(
             help="Serve a task as the model MODEL:NAME; may be given several times.",
         ),
     ] = None,
-    model: options.Model = options.DEFAULT_MODEL,
-    adapter: options.Adapter = None,
-    no_adapter: options.NoAdapter = False,
-    keep: options.Keep = None,
-    keep_units: options.KeepUnits = None,
-    selector: options.Selector = "auto",
-    compensate: options.Compensate = False,
-    reuse: options.Reuse = 0.0,
-    no_cache: options.NoCache = False,
-    exact_down: options.ExactDown = False,
-    force: options.Force = False,
-    host: Annotated[
-        str, typer.Option("--host", metavar="ADDRESS", help="Address to listen on.")
-    ] = "127.0.0.1",
-    port: Annotated[
-        int,
-        typer.Option(
-            "--port", metavar="N", min=0, max=65535, help="Port to listen on; 0 takes a free one."
-        ),
-    ] = 8080,
-    api_key: Annotated[
-        str | None,
-        typer.Option(
-            "--api-key",
-            envvar="IFP_API_KEY",
-            metavar="KEY",
-            help="Clients must send this key as a bearer token. In the environment it stays out of "
-            "the list of processes.",
-        ),
-    ] = None,
-    max_tokens: options.MaxTokens = 512,
-    temp: options.Temp = 0.0,
-    decode_concurrency: Annotated[
-        int,
-        typer.Option(
-            "--decode-concurrency",
-            metavar="N",
-            min=1,
-            help="Answers of one sub-network that are made together.",
-        ),
-    ] = 8,
-    prompt_cache_bytes: Annotated[
-        int,
-        typer.Option(
-            "--prompt-cache-bytes",
-            metavar="N",
-            min=0,
-            help="Memory for the KV caches of earlier requests.",
-        ),
-    ] = 10**9,
-    max_requests: Annotated[
-        int,
-        typer.Option(
-            "--max-requests",
-            metavar="N",
-            min=1,
-            help="Requests in work and waiting; one more is refused with 429.",
-        ),
-    ] = 64,
-    max_body_bytes: Annotated[
-        int,
-        typer.Option("--max-body-bytes", metavar="N", min=1, help="Largest request body."),
-    ] = 2**20,
-    time_limit: Annotated[
-        float,
-        typer.Option(
-            "--time-limit",
-            metavar="SECONDS",
-            min=0.1,
-            help="Longest time for one answer, waiting included; then 503 or 504.",
-        ),
-    ] = 300.0,
+    *,
+    amount: options.Amount,
+    assistant_options: ServedAssistantOptions,
+    address: AddressOptions,
+    answers: DefaultAnswerOptions,
+    engine_flags: EngineFlags,
+    limit_flags: LimitFlags,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Print one line a request on stderr.")
     ] = False,
@@ -122,54 +165,43 @@ def serve(
     Example: ifp serve --task python-helper="help me write Python" --task mail="write e-mails"
     """
     tasks = parse_tasks(task or [])
-    size = SubnetChoice(keep=keep, keep_units=keep_units)
-    choice = ModelChoice(
-        model, adapter, no_adapter, selector, compensate, reuse, not no_cache, force, exact_down
-    )
 
     from ifp_mlx.convert.registry import resolve_model
     from ifp_mlx.server.catalog import ModelCatalog
-    from ifp_mlx.server.engine import Engine, EngineOptions
-    from ifp_mlx.server.http import Limits, Server
+    from ifp_mlx.server.engine import Engine
+    from ifp_mlx.server.http import Server
     from ifp_mlx.server.requests import RequestDefaults
 
-    catalog = ModelCatalog(resolve_model(model).name, tasks)
-    limits = Limits(max_body_bytes, max_requests, time_limit)
+    catalog = ModelCatalog(resolve_model(assistant_options.source.model).name, tasks)
 
     def prepare() -> tuple[Assistant, int]:
-        assistant = load_assistant(choice)
-        kept = num_kept_units(assistant, size)
+        assistant = load_assistant(assistant_options)
+        kept = num_kept_units(assistant, amount)
         for name, description in tasks.items():  # now, so that no request waits for it
             with working(f"selecting for {name}"):
                 subnet = assistant.subnetwork_for_task(description, kept)
             say(f"{catalog.base_name}:{name}: {describe_subnetwork(subnet)}")
         return assistant, kept
 
-    engine = Engine(
-        prepare,
-        EngineOptions(
-            decode_concurrency, decode_concurrency, prompt_cache_bytes=prompt_cache_bytes
-        ),
-    )
+    engine = Engine(prepare, engine_flags.options)
     try:
         server = Server(
-            host,
-            port,
+            address.host,
+            address.port,
             engine=engine,
             catalog=catalog,
-            defaults=RequestDefaults(max_tokens, temp, engine.context_length),
-            limits=limits,
-            api_key=api_key or None,
+            defaults=RequestDefaults(answers.max_tokens, answers.temp, engine.context_length),
+            limits=limit_flags.limits,
+            api_key=address.api_key or None,
             on_log=say if verbose else lambda line: None,
         )
-        if host not in _LOOPBACK and not api_key:
-            say(f"anyone who reaches {host} can use this server; --api-key asks for a key")
-        shown = f"[{host}]" if ":" in host else host
-        say(f"serving {', '.join(catalog.names)} on http://{shown}:{server.port}/v1")
+        if address.host not in _LOOPBACK and not address.api_key:
+            say(f"anyone who reaches {address.host} can use this server; --api-key asks for a key")
+        names = ", ".join(catalog.names)
+        say(f"serving {names} on http://{address.shown_host}:{server.port}/v1")
         _run(server)
     finally:
         engine.stop()
-    _leave()
 
 
 def parse_tasks(values: list[str]) -> dict[str, str]:
@@ -187,18 +219,6 @@ def parse_tasks(values: list[str]) -> dict[str, str]:
             raise UsageError(f"--task {name} is given twice; each task needs a name of its own")
         tasks[name] = description
     return tasks
-
-
-def _leave() -> NoReturn:
-    """End the process without finalizing the interpreter.
-
-    mlx drops a thread's compiled functions, which takes Python's lock, only after the
-    thread has been joined; an interpreter that is going away meanwhile makes that an abort
-    (mlx 0.32.4). Nothing is left to write here.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def _run(server: Server) -> None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from ifp_mlx.cli.terminal import duration, gigabytes
 
 if TYPE_CHECKING:
-    from ifp_mlx.chat.conversation import GenerationStats
-    from ifp_mlx.subnets.compact_models import SubNetwork
+    from ifp_mlx.chat.generation import GenerationStats
+    from ifp_mlx.subnets.subnetwork import SubNetwork
 
 
 def full_statistics(subnet: SubNetwork, stats: GenerationStats) -> str:
@@ -18,23 +18,16 @@ def full_statistics(subnet: SubNetwork, stats: GenerationStats) -> str:
     prompt = f"prompt {new_tokens} tokens at {stats.prompt_tps:.1f} tokens/s"
     if stats.cached_prompt_tokens:
         prompt += f" ({stats.cached_prompt_tokens} more from the KV cache)"
-    lines = [
+    return (
         f"sub-network {subnet.selector}, {subnet.num_kept_units}/{subnet.num_units} units, "
         f"{subnet.active_parameters / 1e6:.1f}M of {subnet.total_parameters / 1e6:.1f}M "
         f"parameters active ({share:.0%}); selection {subnet.selection_s * 1000:.1f} ms"
         f"{' (cache hit)' if subnet.from_cache else ''}, "
-        f"slicing {subnet.slicing_s * 1000:.1f} ms",
+        f"slicing {subnet.slicing_s * 1000:.1f} ms\n"
         f"{prompt}, answer {stats.generated_tokens} tokens at {stats.generation_tps:.1f} "
         f"tokens/s, first token after {duration(stats.time_to_first_token_s)}, "
-        f"peak memory {gigabytes(stats.peak_memory_bytes)}, {stats.finish_reason}",
-    ]
-    if stats.drafted_tokens:
-        lines.append(f"lossless: {_acceptance(stats)} of the drafted tokens accepted")
-    return "\n".join(lines)
-
-
-def _acceptance(stats: GenerationStats) -> str:
-    return f"{stats.accepted_tokens / stats.drafted_tokens:.0%}"
+        f"peak memory {gigabytes(stats.peak_memory_bytes)}, {stats.finish_reason}"
+    )
 
 
 def turn_statistics(stats: GenerationStats, used: int, context_length: int) -> str:
@@ -46,8 +39,6 @@ def turn_statistics(stats: GenerationStats, used: int, context_length: int) -> s
         f"first after {duration(stats.time_to_first_token_s)}",
         context_meter(used, context_length),
     ]
-    if stats.drafted_tokens:
-        parts.insert(3, f"{_acceptance(stats)} of drafts accepted")
     return " · ".join(parts)
 
 
@@ -60,7 +51,7 @@ def context_meter(used: int, context_length: int, width: int = 8) -> str:
 def statistics_record(subnet: SubNetwork, stats: GenerationStats) -> dict[str, Any]:
     """Return the ``--json`` form; names carry their units."""
     return {
-        "selector": subnet.selector,
+        "selector": str(subnet.selector),
         "task": subnet.task,
         "num_kept_units": subnet.num_kept_units,
         "num_units": subnet.num_units,
@@ -80,6 +71,4 @@ def statistics_record(subnet: SubNetwork, stats: GenerationStats) -> dict[str, A
         "time_to_first_token_ms": stats.time_to_first_token_s * 1000,
         "peak_memory_bytes": stats.peak_memory_bytes,
         "finish_reason": stats.finish_reason,
-        "drafted_tokens": stats.drafted_tokens,
-        "accepted_tokens": stats.accepted_tokens,
     }

@@ -9,24 +9,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ifp_mlx.cli import options
-from ifp_mlx.cli.loading import title
-from ifp_mlx.cli.terminal import answer_console, print_json, say
+from ifp_mlx.cli.terminal import answer_console, print_json, say, title
 from ifp_mlx.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.tree import Tree
 
-    from ifp_mlx.selection.task_tree import Family, Overlaps
-    from ifp_mlx.subnets.task_cache import CacheEntry
+    from ifp_mlx.selection.selection import Selection
+    from ifp_mlx.selection.task_tree import Overlaps, TaskGroup
+    from ifp_mlx.subnets.task_cache import CacheEntry, CacheKey
 
 
 @dataclasses.dataclass(frozen=True)
-class _Group:
-    """Entries that can be compared: one model, adapter, selector and K; and their tree."""
+class _TaskTree:
+    """Tasks that can be compared: of one model, adapter, selector and K; and how they join."""
 
     entries: list[CacheEntry]
     overlaps: Overlaps
-    tree: Family
+    root: TaskGroup
 
     @property
     def heading(self) -> str:
@@ -35,6 +35,11 @@ class _Group:
             f"{entry.model_name}, {entry.key.selector}, "
             f"{entry.key.num_kept_units} of {entry.num_units} units"
         )
+
+    def task(self, group: TaskGroup) -> str:
+        """Return the description of a group of a single task."""
+        (member,) = group.members
+        return self.entries[member].key.task
 
 
 def tasks(
@@ -60,100 +65,106 @@ def tasks(
     """
     if png is not None and png.suffix != ".png":
         raise UsageError(f"--png writes a .png file, not {png.name}")
-    groups = _groups()
+    trees = _trees()
     if png is not None:
-        _draw(groups, png)
+        _draw(trees, png)
     if as_json:
-        print_json([_record(group, threshold) for group in groups])
+        print_json([_record(tree, threshold) for tree in trees])
         return
-    if not groups:
+    if not trees:
         say('no cached tasks; ifp cache add "help me write Python" adds one')
-    for group in groups:
-        answer_console().print(_rendered(group, threshold))
+    for tree in trees:
+        answer_console().print(_rendered(tree, threshold))
 
 
-def _groups() -> list[_Group]:
-    from ifp_mlx.selection.task_tree import family_tree, overlap_matrix
+def _trees() -> list[_TaskTree]:
+    from ifp_mlx.errors import SelectionError
+    from ifp_mlx.selection.task_tree import overlap_matrix, task_tree
     from ifp_mlx.storage.home import subnet_cache_folder
-    from ifp_mlx.subnets.task_cache import SubNetCache
+    from ifp_mlx.subnets.task_cache import TaskCache
 
-    comparable: dict[Any, list[CacheEntry]] = {}
-    for entry in SubNetCache(subnet_cache_folder()).entries():
-        comparable.setdefault(dataclasses.replace(entry.key, task=""), []).append(entry)
-    groups = []
-    for entries in comparable.values():
-        entries.sort(key=lambda entry: entry.key.task)
-        overlaps = overlap_matrix([entry.load() for entry in entries])
-        groups.append(_Group(entries, overlaps, family_tree(overlaps)))
-    return groups
+    comparable: dict[CacheKey, list[tuple[CacheEntry, Selection]]] = {}
+    for entry in TaskCache(subnet_cache_folder()).entries():
+        try:
+            found = entry, entry.load()
+        except SelectionError as error:
+            say(f"left out {entry.path.name}: {error}")
+            continue
+        comparable.setdefault(dataclasses.replace(entry.key, task=""), []).append(found)
+    trees = []
+    for members in comparable.values():
+        members.sort(key=lambda member: member[0].key.task)
+        overlaps = overlap_matrix([selection for _, selection in members])
+        trees.append(_TaskTree([entry for entry, _ in members], overlaps, task_tree(overlaps)))
+    return trees
 
 
-def _rendered(group: _Group, threshold: float) -> Tree:
+def _rendered(tree: _TaskTree, threshold: float) -> Tree:
     from rich.text import Text
     from rich.tree import Tree
 
-    root = Tree(Text(group.heading, style="bold"), guide_style="dim")
-    for number, family in enumerate(group.tree.split(threshold), start=1):
-        if not family.parts:
-            root.add(Text(title(group.entries[family.members[0]].key.task)))
+    root = Tree(Text(tree.heading, style="bold"), guide_style="dim")
+    for number, group in enumerate(tree.root.split(threshold), start=1):
+        if not group.parts:
+            root.add(Text(title(tree.task(group))))
             continue
-        branch = root.add(Text(f"family {number}, overlap {family.overlap:.3f}", style="dim"))
-        _add_parts(branch, family, group)
+        branch = root.add(Text(f"family {number}, overlap {group.overlap:.3f}", style="dim"))
+        _add_parts(branch, group, tree)
     return root
 
 
-def _add_parts(branch: Tree, family: Family, group: _Group) -> None:
+def _add_parts(branch: Tree, group: TaskGroup, tree: _TaskTree) -> None:
     from rich.text import Text
 
-    for part in family.parts:
+    for part in group.parts:
         if part.parts:
-            _add_parts(branch.add(Text(f"overlap {part.overlap:.3f}", style="dim")), part, group)
+            _add_parts(branch.add(Text(f"overlap {part.overlap:.3f}", style="dim")), part, tree)
         else:
-            branch.add(Text(title(group.entries[part.members[0]].key.task)))
+            branch.add(Text(title(tree.task(part))))
 
 
-def _record(group: _Group, threshold: float) -> dict[str, Any]:
-    entry = group.entries[0]
+def _record(tree: _TaskTree, threshold: float) -> dict[str, Any]:
+    entry = tree.entries[0]
     return {
         "model": entry.model_name,
         "selector": entry.key.selector,
         "num_kept_units": entry.key.num_kept_units,
         "num_units": entry.num_units,
-        "tasks": [entry.key.task for entry in group.entries],
-        "overlaps": group.overlaps.tolist(),
+        "tasks": [entry.key.task for entry in tree.entries],
+        "overlaps": tree.overlaps.tolist(),
         "families": [
             {
-                "tasks": [group.entries[member].key.task for member in family.members],
-                "overlap": family.overlap,
+                "tasks": [tree.entries[member].key.task for member in group.members],
+                "overlap": group.overlap,
             }
-            for family in group.tree.split(threshold)
+            for group in tree.root.split(threshold)
         ],
     }
 
 
-def _draw(groups: list[_Group], path: Path) -> None:
+def _draw(trees: list[_TaskTree], path: Path) -> None:
     try:
         import matplotlib
     except ImportError:
         raise UsageError("--png needs matplotlib; pip install 'ifp-mlx[plots]'") from None
-    if not groups:
+    if not trees:
         raise UsageError("no cached tasks to draw; ifp cache add adds one")
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     from ifp_mlx.storage.files import atomic_path
 
-    num_tasks = sum(len(group.entries) for group in groups)
+    num_tasks = sum(len(tree.entries) for tree in trees)
     figure, every_axes = pyplot.subplots(
-        len(groups), 1, figsize=(9, 1.2 * len(groups) + 0.35 * num_tasks), squeeze=False
+        len(trees), 1, figsize=(9, 1.2 * len(trees) + 0.35 * num_tasks), squeeze=False
     )
-    for group, axes in zip(groups, every_axes[:, 0], strict=True):
+    for tree, axes in zip(trees, every_axes[:, 0], strict=True):
         labels: list[str] = []
-        _draw_family(axes, group.tree, group, labels)
+        _draw_group(axes, tree.root, tree, labels)
         axes.set_yticks(range(len(labels)), labels)
-        axes.set_xlim(1.02, min(group.overlaps.min(), 0.98) - 0.02)
+        axes.set_xlim(1.02, min(tree.overlaps.min(), 0.98) - 0.02)
         axes.set_xlabel("overlap of kept units, mean over layers")
-        axes.set_title(group.heading, loc="left")
+        axes.set_title(tree.heading, loc="left")
         axes.spines[["top", "right", "left"]].set_visible(False)
     figure.tight_layout()
     with atomic_path(path) as temporary:
@@ -161,13 +172,13 @@ def _draw(groups: list[_Group], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _draw_family(axes: Any, family: Family, group: _Group, labels: list[str]) -> float:
-    """Draw one family's branches and return the height at which its own branch begins."""
-    if not family.parts:
-        labels.append(title(group.entries[family.members[0]].key.task))
+def _draw_group(axes: Any, group: TaskGroup, tree: _TaskTree, labels: list[str]) -> float:
+    """Draw one group's branches and return the height at which its own branch begins."""
+    if not group.parts:
+        labels.append(title(tree.task(group)))
         return len(labels) - 1.0
-    heights = [_draw_family(axes, part, group, labels) for part in family.parts]
-    for part, height in zip(family.parts, heights, strict=True):
-        axes.plot([part.overlap, family.overlap], [height, height], color="0.3", linewidth=1.2)
-    axes.plot([family.overlap] * 2, heights, color="0.3", linewidth=1.2)
+    heights = [_draw_group(axes, part, tree, labels) for part in group.parts]
+    for part, height in zip(group.parts, heights, strict=True):
+        axes.plot([part.overlap, group.overlap], [height, height], color="0.3", linewidth=1.2)
+    axes.plot([group.overlap] * 2, heights, color="0.3", linewidth=1.2)
     return sum(heights) / 2

@@ -8,8 +8,12 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from ifp_mlx.cli.flag_names import in_flags
+
 if TYPE_CHECKING:  # Rich takes longer to import than a shell completion may take
     from rich.console import Console
+
+_TITLE_CHARACTERS = 60
 
 
 def status_console() -> Console:
@@ -28,8 +32,8 @@ def answer_console() -> Console:
 
 
 def complain(message: str) -> None:
-    """Print one error line."""
-    status_console().print(f"[red]ifp:[/red] {_escape(message)}")
+    """Print one error line, in which parameters of the library are flags."""
+    status_console().print(f"[red]ifp:[/red] {_escape(in_flags(message))}")
 
 
 def say(message: str) -> None:
@@ -94,6 +98,12 @@ def keys_kept_for_the_prompt() -> Iterator[None]:
 def plural(count: int, noun: str) -> str:
     """Return ``1 token``, ``2 tokens``."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def title(text: str | None) -> str:
+    """Return a text as one short line."""
+    line = " ".join((text or "").split())
+    return line if len(line) <= _TITLE_CHARACTERS else f"{line[: _TITLE_CHARACTERS - 1]}…"
 
 
 def gigabytes(num_bytes: float) -> str:

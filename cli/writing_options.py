@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -24,17 +25,6 @@ Output = Annotated[
     Path, typer.Option("--output", "-o", help="The folder to create.", show_default=False)
 ]
 Overwrite = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
-QuantizeTo = Annotated[
-    int | None,
-    typer.Option(
-        "--quantize",
-        "--q-bits",
-        metavar="BITS",
-        help="Quantize the weights to this many bits: 2, 3, 4, 5, 6 or 8.",
-        show_default="no",
-        rich_help_panel=FORM,
-    ),
-]
 GroupSize = Annotated[
     int | None,
     typer.Option(
@@ -57,6 +47,42 @@ Mode = Annotated[
 ]
 
 
+@dataclasses.dataclass(frozen=True)
+class QuantizationFlags:
+    """Whether and how what is written is quantized."""
+
+    quantize: Annotated[
+        int | None,
+        typer.Option(
+            "--quantize",
+            "--q-bits",
+            metavar="BITS",
+            help="Quantize the weights to this many bits: 2, 3, 4, 5, 6 or 8.",
+            show_default="no",
+            rich_help_panel=FORM,
+        ),
+    ] = None
+    group_size: GroupSize = None
+    mode: Mode = None
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """The library's form, None if no flag asks for it.
+
+        Raises:
+            UsageError: a group size alone, or what MLX does not have.
+        """
+        if self.quantize is None and self.mode is None:
+            if self.group_size is not None:
+                raise UsageError("--group-size needs --quantize BITS or --mode")
+            return None
+        from ifp_mlx.convert.quantize import make_quantization
+
+        return make_quantization(
+            bits=self.quantize, group_size=self.group_size, mode=self.mode or "affine"
+        )
+
+
 def dtype_named(name: str | None) -> mx.Dtype | None:
     """Return the mlx type with this name."""
     if name is None:
@@ -65,23 +91,6 @@ def dtype_named(name: str | None) -> mx.Dtype | None:
 
     dtype: mx.Dtype = getattr(mx, name)
     return dtype
-
-
-def asked_quantization(
-    bits: int | None, group_size: int | None, mode: str | None
-) -> Quantization | None:
-    """Return how to quantize, None if no flag asks for it.
-
-    Raises:
-        UsageError: a group size alone, or what MLX does not have.
-    """
-    if bits is None and mode is None:
-        if group_size is not None:
-            raise UsageError("--group-size needs --quantize BITS or --mode")
-        return None
-    from ifp_mlx.convert.quantize import make_quantization
-
-    return make_quantization(bits=bits, group_size=group_size, mode=mode or "affine")
 
 
 def refuse_existing(target: Path, *, force: bool) -> None:

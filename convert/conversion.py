@@ -12,10 +12,11 @@ from ifp_mlx.convert.gguf_reader import GGUFFile
 from ifp_mlx.convert.progress import Progress, no_progress
 from ifp_mlx.convert.quantize import Quantization, write_quantized
 from ifp_mlx.errors import CheckpointError
-from ifp_mlx.slicing.unit_file import write_side_file
-from ifp_mlx.storage.checkpoint import load_model, load_tokenizer, stored_tensors
+from ifp_mlx.slicing.unit_file import write_unit_file
 from ifp_mlx.storage.files import require_free_disk, staged_directory
 from ifp_mlx.storage.origin import Origin, read_origin, write_origin
+from ifp_mlx.storage.tokenizer import load_tokenizer
+from ifp_mlx.storage.weights import load_model, stored_tensors
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -94,7 +95,7 @@ def convert_checkpoint(
         _, config = load_model(staging, lazy=True)
         load_tokenizer(staging)
         if unit_major:
-            write_side_file(staging, on_bytes=lambda *amounts: progress("preparing", *amounts))
+            write_unit_file(staging, on_bytes=lambda *amounts: progress("preparing", *amounts))
         num_bytes = sum(tensor.num_bytes for tensor in stored_tensors(staging).values())
     return Conversion(target, config["model_type"], num_bytes, str(config.get("torch_dtype")))
 

@@ -11,19 +11,18 @@ from ifp_mlx.convert.checkpoint_writer import copy_tokenizer_files, model_bytes,
 from ifp_mlx.convert.model_card import ModelCard
 from ifp_mlx.convert.progress import Progress, no_progress
 from ifp_mlx.convert.quantize import Quantization, quantize_model
-from ifp_mlx.errors import ArchitectureError, UsageError
+from ifp_mlx.errors import ArchitectureError
 from ifp_mlx.selection.selection import Selection
 from ifp_mlx.slicing.compact import with_cut_downs
-from ifp_mlx.storage.checkpoint import load_model, load_tokenizer, read_config
+from ifp_mlx.storage.config_file import read_config
 from ifp_mlx.storage.files import require_free_disk, staged_directory
 from ifp_mlx.storage.origin import read_origin, write_origin
-from ifp_mlx.units import ffn
+from ifp_mlx.storage.tokenizer import load_tokenizer
+from ifp_mlx.storage.weights import load_model
+from ifp_mlx.units.model_config import ModelConfig
+from ifp_mlx.units.modules import packed_leaves
 
 SELECTION_FILE = "ifp/selection.safetensors"
-# Families whose config.json can give the FFN's linear layers a bias.
-_MLP_BIAS_FAMILIES = ("granite", "llama", "smollm3")
-# Families whose FFN always has one.
-_BIASED_FAMILIES = ("phi", "starcoder2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +68,7 @@ def export_checkpoint(
 
     Raises:
         ArchitectureError: the family's config.json cannot say how many units there are.
-        UsageError: the model has a bias that the family's config.json cannot say, or the target
-            exists.
+        UsageError: the target exists.
         ResourceError: not enough disk.
     """
     from mlx_lm.utils import dequantize_model
@@ -78,7 +76,7 @@ def export_checkpoint(
     compact = with_cut_downs(model)
     if dequantize or quantization is not None:
         compact = dequantize_model(compact)
-    config = _compact_config(compact, read_config(source), selection.num_kept_units)
+    config = _compact_config(read_config(source), selection.num_kept_units)
     if quantization is not None:
         config, _ = quantize_model(compact, config, quantization)
     config |= _quantization_config(compact)
@@ -98,44 +96,21 @@ def export_checkpoint(
     return ExportedCheckpoint(target, num_bytes, "quantization" not in config)
 
 
-def _compact_config(
-    model: nn.Module, dense_config: dict[str, Any], num_kept_units: int
-) -> dict[str, Any]:
-    """Return config.json for K units; gives each projection a bias where ``down`` has one."""
-    family = dense_config["model_type"]
-    if "intermediate_size" not in dense_config:
+def _compact_config(source: ModelConfig, num_kept_units: int) -> dict[str, Any]:
+    """Return the content of config.json for K units, of plain weights."""
+    family = source.family
+    if not family.kind.config_fields:
         raise ArchitectureError(
-            f"{family} models have no intermediate_size in config.json, so their sub-networks "
-            "cannot be exported; ifp generate and ifp chat can use them"
+            f"{family.model_type} models have no key for their width in config.json, so their "
+            "sub-networks cannot be exported; ifp generate and ifp chat can use them"
         )
-    config = {k: v for k, v in dense_config.items() if not k.startswith("quantization")}
-    config["intermediate_size"] = num_kept_units
-    layout = ffn.ffn_layout(family)
-    modules = ffn.ffn_modules(model)
-    has_bias = any("bias" in module[layout.down] for module in modules)
-    if not has_bias or family in _BIASED_FAMILIES:
-        return config
-    if family not in _MLP_BIAS_FAMILIES:
-        raise UsageError(
-            f"bias compensation cannot be exported: {family} models have no FFN bias in "
-            "config.json; export without --compensate"
-        )
-    config["mlp_bias"] = True
-    for module in modules:
-        for name in layout.row_projections:
-            linear = module[name]
-            if "bias" not in linear:
-                linear.bias = mx.zeros((linear.weight.shape[0],), module[layout.down].bias.dtype)
-    return config
+    content = source.content_for(num_kept_units)
+    return {k: v for k, v in content.items() if not k.startswith("quantization")}
 
 
 def _quantization_config(model: nn.Module) -> dict[str, Any]:
     """Return the ``quantization`` entries of config.json for the layers that are packed."""
-    packed = {
-        path: {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-        for path, module in model.named_modules()
-        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
-    }
+    packed = packed_leaves(model)
     if not packed:
         return {}
     kinds = list(packed.values())

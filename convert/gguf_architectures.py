@@ -36,9 +36,28 @@ _GEMMA_NAMES = _NAMES | {
     "post_attention_norm": "post_attention_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+ROUTER = "ffn_gate_inp"
+
+
+def _expert_names(router: str, stacks: str) -> dict[str, str]:
+    return {ROUTER: router} | {
+        f"ffn_{name}_exps": f"{stacks}.{name}_proj" for name in ("gate", "up", "down")
+    }
+
+
+_EXPERT_AXES = {ROUTER: 2, "ffn_gate_exps": 3, "ffn_up_exps": 3, "ffn_down_exps": 3}
+_SWITCH_NAMES = _NAMES | _expert_names("mlp.gate", "mlp.switch_mlp")
+_GPT_OSS_NAMES = {
+    **{name: path for name, path in _NAMES.items() if name != "ffn_norm"},
+    **_expert_names("mlp.router", "mlp.experts"),
+    "post_attention_norm": "post_attention_layernorm",
+    "attn_sinks": "self_attn.sinks",
+}
+_BARE = frozenset({"self_attn.sinks"})  # parameters whose path ends without "weight"
 _TENSOR_NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
-_PARAMETER_NAME = re.compile(r"(?:model\.layers\.(\d+)\.)?([\w.]+)\.(weight|bias)")
+_PARAMETER_NAME = re.compile(r"(?:model\.layers\.(\d+)\.)?([\w.]+?)(?:\.(weight|bias))?")
 ROPE_FACTORS = "rope_freqs.weight"
+YARN_BETAS = ("beta_fast", "beta_slow")
 _LLAMA3_FREQUENCIES = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -56,6 +75,7 @@ class GGUFArchitecture:
         names: GGUF tensor name, without layer and suffix -> parameter path.
         interleaved_rotary: query and key rows of a head are stored in pairs, see ``row_order``.
         norm_offset: was added to the norm weights for GGUF and is taken away again.
+        fixed: config keys with the one value that llama.cpp computes this family with.
         extra_config: config keys that only this family has.
     """
 
@@ -64,6 +84,7 @@ class GGUFArchitecture:
     names: Mapping[str, str]
     interleaved_rotary: bool = False
     norm_offset: float = 0.0
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     extra_config: Callable[[GGUFFile], Config] = lambda file: {}
 
     def parameter_name(self, tensor_name: str) -> str | None:
@@ -80,8 +101,9 @@ class GGUFArchitecture:
                 f"the GGUF file has a tensor {tensor_name!r}, which {self.model_type} models "
                 "that can be converted do not have"
             )
-        layer, path, suffix = match[1], self.names[match[2]], match[3]
-        return f"{path}.{suffix}" if layer is None else f"model.layers.{layer}.{path}.{suffix}"
+        layer, path = match[1], self.names[match[2]]
+        name = path if path in _BARE else f"{path}.{match[3]}"
+        return name if layer is None else f"model.layers.{layer}.{name}"
 
     def tensor_name(self, parameter_name: str) -> str:
         """Return the GGUF name of a parameter, the inverse of ``parameter_name``.
@@ -96,7 +118,7 @@ class GGUFArchitecture:
                 f"{self.model_type} models have no GGUF tensor for {parameter_name!r}"
             )
         layer = "" if match[1] is None else f"blk.{match[1]}."
-        return f"{layer}{parts[match[2]]}.{match[3]}"
+        return f"{layer}{parts[match[2]]}.{match[3] or 'weight'}"
 
     def row_order(self, tensor_name: str, config: Config) -> mx.array | None:
         """Return the order in which to take a tensor's rows, or None to leave them.
@@ -145,6 +167,44 @@ def _gemma3_config(file: GGUFFile) -> Config:
     return config
 
 
+def _expert_config(file: GGUFFile, count_key: str) -> Config:
+    """Return the keys of every mixture of experts, whose stacks are checked before any is read.
+
+    Raises:
+        CheckpointError: a layer has no experts, or another number of them than the file says.
+    """
+    count, used = int(_number(file, "expert_count")), int(_number(file, "expert_used_count"))
+    if not 0 < used <= count:
+        raise CheckpointError(f"{file.path} says that a token sees {used} of {count} experts")
+    for layer in range(int(_number(file, "block_count"))):
+        for name, num_axes in _EXPERT_AXES.items():
+            tensor = file.tensors.get(f"blk.{layer}.{name}.weight")
+            if tensor is None or (len(tensor.shape), tensor.shape[0]) != (num_axes, count):
+                raise CheckpointError(
+                    f"{file.path} has no tensor blk.{layer}.{name}.weight of {count} experts; "
+                    "fetch the file again"
+                )
+    return {count_key: count, "num_experts_per_tok": used}
+
+
+def _qwen3_moe_config(file: GGUFFile) -> Config:
+    width = int(_number(file, "expert_feed_forward_length"))
+    return _expert_config(file, "num_experts") | {"moe_intermediate_size": width}
+
+
+def _gpt_oss_config(file: GGUFFile) -> Config:
+    return _expert_config(file, "num_local_experts") | {
+        "intermediate_size": int(_number(file, "expert_feed_forward_length")),
+        "sliding_window": int(_number(file, "attention.sliding_window")),
+        "layer_types": gpt_oss_layer_types(int(_number(file, "block_count"))),
+    }
+
+
+def gpt_oss_layer_types(num_layers: int) -> list[str]:
+    """Return which layers look at everything: each second one, which no GGUF file has to say."""
+    return ["full_attention" if n % 2 else "sliding_attention" for n in range(num_layers)]
+
+
 ARCHITECTURES: dict[str, GGUFArchitecture] = {
     "llama": GGUFArchitecture("llama", "LlamaForCausalLM", _NAMES, interleaved_rotary=True),
     "qwen2": GGUFArchitecture("qwen2", "Qwen2ForCausalLM", _NAMES),
@@ -156,6 +216,17 @@ ARCHITECTURES: dict[str, GGUFArchitecture] = {
         "gemma3_text", "Gemma3ForCausalLM", _GEMMA_NAMES, norm_offset=1.0,
         extra_config=_gemma3_config,
     ),
+    "qwen3moe": GGUFArchitecture(
+        "qwen3_moe", "Qwen3MoeForCausalLM", _SWITCH_NAMES, extra_config=_qwen3_moe_config,
+        fixed={"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    ),
+    "olmoe": GGUFArchitecture(
+        "olmoe", "OlmoeForCausalLM", _SWITCH_NAMES, fixed={"norm_topk_prob": False},
+        extra_config=lambda file: _expert_config(file, "num_experts"),
+    ),
+    "gpt-oss": GGUFArchitecture(
+        "gpt_oss", "GptOssForCausalLM", _GPT_OSS_NAMES, extra_config=_gpt_oss_config
+    ),
 }  # fmt: skip
 
 
@@ -163,7 +234,7 @@ def architecture_of(file: GGUFFile) -> GGUFArchitecture:
     """Return the table row for a GGUF file.
 
     Raises:
-        ArchitectureError: the family is not in the table, or the model has experts.
+        ArchitectureError: the family is not in the table, or one of dense models has experts.
     """
     name = file.metadata.get("general.architecture")
     if name not in ARCHITECTURES:
@@ -171,11 +242,14 @@ def architecture_of(file: GGUFFile) -> GGUFArchitecture:
             f"{file.path} has the architecture {name!r}; GGUF files of these are converted: "
             f"{', '.join(sorted(ARCHITECTURES))}"
         )
-    if file.metadata.get(f"{name}.expert_count"):
+    architecture = ARCHITECTURES[name]
+    if file.metadata.get(f"{name}.expert_count") and ROUTER not in architecture.names:
+        mixtures = sorted(name for name, row in ARCHITECTURES.items() if ROUTER in row.names)
         raise ArchitectureError(
-            f"{file.path} is a mixture-of-experts model, which cannot be converted"
+            f"{file.path} is a mixture-of-experts model with the architecture {name!r}; such "
+            f"models of these are converted: {', '.join(mixtures)}"
         )
-    return ARCHITECTURES[name]
+    return architecture
 
 
 def config_of(file: GGUFFile) -> Config:
@@ -211,7 +285,7 @@ def config_of(file: GGUFFile) -> Config:
     scaling = _rope_scaling(file, config)
     if scaling is not None:
         config["rope_scaling"] = scaling
-    return config | architecture.extra_config(file)
+    return config | architecture.fixed | architecture.extra_config(file)
 
 
 def _number(file: GGUFFile, key: str, default: float | None = None) -> float:
@@ -256,6 +330,9 @@ def _rope_scaling(file: GGUFFile, config: Config) -> Config | None:
     if kind == "yarn":
         original = _number(file, "rope.scaling.original_context_length")
         scaling["original_max_position_embeddings"] = int(original)
+        for key in YARN_BETAS:
+            if f"{prefix}.yarn_{key}" in file.metadata:
+                scaling[key] = _number(file, f"rope.scaling.yarn_{key}")
     return scaling
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import mlx.core as mx
 from ifp_mlx.convert.checkpoint_writer import ShardWriter, write_json
 from ifp_mlx.convert.gguf_architectures import GGUFArchitecture, architecture_of, config_of
 from ifp_mlx.convert.gguf_reader import GGUFFile, GGUFTensor
-from ifp_mlx.convert.gguf_weights import GROUP_SIZE, packed_bits, read_dense, read_packed
+from ifp_mlx.convert.gguf_weights import GROUP_SIZE, packing_of, read_dense, read_packed
 from ifp_mlx.convert.progress import Progress
 
 
@@ -20,11 +19,12 @@ def converted_bytes(file: GGUFFile, dtype: mx.Dtype) -> int:
     total = 0
     for tensor in file.tensors.values():
         values = math.prod(tensor.shape)
-        bits = packed_bits(tensor)
-        if bits is None:
+        packing = packing_of(tensor)
+        if packing is None:
             total += values * dtype.size
         else:
-            total += values * bits // 8 + 2 * dtype.size * values // GROUP_SIZE
+            group_bytes = 1 if packing["mode"] == "mxfp4" else 2 * dtype.size  # scale and bias
+            total += values * packing["bits"] // 8 + group_bytes * values // GROUP_SIZE
     return total
 
 
@@ -33,7 +33,8 @@ def write_gguf_checkpoint(
 ) -> None:
     """Write config, weights, tokenizer and generation settings into an existing directory.
 
-    Matrices in Q4_0, Q4_1 and Q8_0 stay packed; all others are dequantized.
+    Matrices in Q4_0, Q4_1, Q8_0 and MXFP4, and stacks of such for experts, stay packed; all
+    others are dequantized. Evaluates, one tensor at a time.
 
     Args:
         file: the source.
@@ -55,8 +56,8 @@ def write_gguf_checkpoint(
     tokenizer = tokenizer_of(file)
     generation = generation_config_of(file)
     # The largest packed part of a language model is its FFN: let its bits be the model's.
-    layer_bits = {bits for t in file.tensors.values() if (bits := packed_bits(t)) is not None}
-    default = {"group_size": GROUP_SIZE, "bits": min(layer_bits, default=4), "mode": "affine"}
+    packings = [p for t in file.tensors.values() if (p := packing_of(t)) is not None]
+    default = min(packings, key=lambda packing: packing["bits"], default={})
     quantization: dict[str, Any] = dict(default)
     writer = ShardWriter(target)
     total = sum(tensor.num_bytes for tensor in file.tensors.values())
@@ -64,16 +65,16 @@ def write_gguf_checkpoint(
     for tensor in file.tensors.values():
         name = architecture.parameter_name(tensor.name)
         if name is not None:
-            for parameter, array in _parameters(file, tensor, name, architecture, config):
-                floating = mx.issubdtype(array.dtype, mx.floating)
-                writer.add(parameter, array.astype(dtype) if floating else array)
-            bits = packed_bits(tensor)
-            if bits is not None and bits != default["bits"]:
-                quantization[name.removesuffix(".weight")] = default | {"bits": bits}
+            arrays = _parameters(file, tensor, name, architecture, config, dtype)
+            for parameter, array in arrays.items():
+                writer.add(parameter, array)
+            packing = packing_of(tensor)
+            if packing is not None and packing != default:
+                quantization[name.removesuffix(".weight")] = packing
         done += tensor.num_bytes
         progress("converting", done, total)
     writer.finish()
-    if layer_bits:
+    if packings:
         config["quantization"] = config["quantization_config"] = quantization
     config |= generation
     config["torch_dtype"] = str(dtype).removeprefix("mlx.core.")
@@ -92,17 +93,26 @@ def _parameters(
     name: str,
     architecture: GGUFArchitecture,
     config: dict[str, Any],
-) -> Iterator[tuple[str, mx.array]]:
-    """Yield the (parameter name, array) pairs that one tensor becomes: one, or three if packed."""
-    order = architecture.row_order(tensor.name, config)
-    if packed_bits(tensor) is None:
+    dtype: mx.Dtype,
+) -> dict[str, mx.array]:
+    """Return the parameters that one tensor becomes: one, or if packed two or three. Evaluates."""
+    if len(tensor.shape) == 3:  # expert by expert: dequantizing takes several times the memory
+        experts = [
+            _parameters(file, expert, name, architecture, config, dtype)
+            for expert in tensor.split()
+        ]
+        return {key: mx.stack([expert[key] for expert in experts]) for key in experts[0]}
+    if packing_of(tensor) is None:
         dense = read_dense(file, tensor)
         if architecture.norm_offset and name.endswith("norm.weight"):
             dense = dense - architecture.norm_offset
-        yield name, dense if order is None else dense[order]
-        return
-    packed = read_packed(file, tensor)
-    path = name.removesuffix(".weight")
-    for part in ("weight", "scales", "biases"):
-        array = getattr(packed, part)
-        yield f"{path}.{part}", array if order is None else array[order]
+        arrays = {name: dense}
+    else:
+        path = name.removesuffix(".weight")
+        arrays = {f"{path}.{part}": array for part, array in read_packed(file, tensor).items()}
+    order = architecture.row_order(tensor.name, config)
+    for key, array in arrays.items():
+        array = array if order is None else array[order]
+        arrays[key] = array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+    mx.eval(arrays)
+    return arrays

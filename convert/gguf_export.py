@@ -13,17 +13,22 @@ from mlx.utils import tree_flatten
 from ifp_mlx.convert.gguf_architectures import (
     ARCHITECTURES,
     ROPE_FACTORS,
+    ROUTER,
+    YARN_BETAS,
     GGUFArchitecture,
+    gpt_oss_layer_types,
     llama3_divisors,
 )
 from ifp_mlx.convert.gguf_vocabulary import Vocabulary, read_vocabulary
 from ifp_mlx.convert.progress import Progress, no_progress
 from ifp_mlx.errors import ArchitectureError, CheckpointError, UsageError
-from ifp_mlx.storage.checkpoint import load_model, read_config
+from ifp_mlx.storage.config_file import read_config
 from ifp_mlx.storage.files import atomic_path, require_free_disk
+from ifp_mlx.storage.weights import load_model
+from ifp_mlx.units.families import find_family
 
 KINDS = {"f32": Kind.F32, "f16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
-"""How matrices can be written; vectors always are float32."""
+"""How matrices can be written; vectors, biases and routers always are float32."""
 
 _BLOCK = 32  # columns of a Q8_0 block
 
@@ -65,9 +70,10 @@ def export_gguf(
     if kind not in KINDS:
         raise UsageError(f"there is no GGUF type {kind!r}; there are: {', '.join(KINDS)}")
     if target.exists() and not overwrite:
-        raise UsageError(f"{target} exists already; choose another name or pass --force")
-    config = read_config(checkpoint)
+        raise UsageError(f"{target} exists already; choose another name or pass `overwrite`")
+    config = dict(read_config(checkpoint).content)
     name, architecture = _architecture_of(config)
+    _require_fixed(architecture, config)
     vocabulary = read_vocabulary(checkpoint)
     model, _ = load_model(checkpoint, mx.float32, lazy=True)
     config["head_dim"] = config.get("head_dim") or (
@@ -78,6 +84,9 @@ def export_gguf(
         for parameter, array in cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
     ]
     model.clear()
+    if name == "olmoe" and config.get("tie_word_embeddings", True):  # llama.cpp never ties it
+        embedding = next(tensor for tensor in planned if tensor.name == "token_embd.weight")
+        planned.append(dataclasses.replace(embedding, name="output.weight"))
     if (config.get("rope_scaling") or {}).get("rope_type") == "llama3":
         planned.append(_Planned(ROPE_FACTORS, mx.array(llama3_divisors(config)), None, Kind.F32))
     total = sum(_num_bytes(tensor) for tensor in planned)
@@ -122,6 +131,19 @@ def _architecture_of(config: dict[str, Any]) -> tuple[str, GGUFArchitecture]:
     )
 
 
+def _require_fixed(architecture: GGUFArchitecture, config: dict[str, Any]) -> None:
+    """Refuse a model with a setting of which GGUF takes another value for granted."""
+    fixed = dict(architecture.fixed)
+    if architecture.model_type == "gpt_oss":
+        fixed["layer_types"] = gpt_oss_layer_types(config["num_hidden_layers"])
+    for key, value in fixed.items():
+        if config.get(key, value) != value:
+            raise ArchitectureError(
+                f"{architecture.model_type} models with {key} {config[key]} cannot be written as "
+                f"GGUF, for which it always is {value}"
+            )
+
+
 def _plan(
     architecture: GGUFArchitecture,
     config: dict[str, Any],
@@ -133,9 +155,9 @@ def _plan(
     if architecture.norm_offset and parameter.endswith("norm.weight"):
         array = array + architecture.norm_offset
     order = architecture.row_order(name, config)
-    if array.ndim == 1:
+    if array.ndim == 1 or name.endswith((".bias", f"{ROUTER}.weight")):
         kind = Kind.F32
-    elif kind == Kind.Q8_0 and array.shape[1] % _BLOCK:
+    elif kind == Kind.Q8_0 and array.shape[-1] % _BLOCK:
         kind = Kind.F16
     # ``order`` says which GGUF row each row comes from; its inverse puts them back.
     return _Planned(name, array, None if order is None else np.argsort(np.array(order)), kind)
@@ -147,6 +169,8 @@ def _num_bytes(tensor: _Planned) -> int:
 
 
 def _content(tensor: _Planned) -> np.ndarray:
+    if tensor.array.ndim == 3:  # expert by expert: quantizing takes several times the memory
+        return np.stack([_content(dataclasses.replace(tensor, array=e)) for e in tensor.array])
     values = np.array(tensor.array)
     if tensor.order is not None:
         values = values[tensor.order]
@@ -169,7 +193,14 @@ def _add_config(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config.get("rope_theta") or 10_000.0)
     writer.add_vocab_size(config["vocab_size"])
-    if config["model_type"].startswith("gemma") and config.get("sliding_window"):
+    kind = find_family(config["model_type"]).kind
+    if kind.router is not None:
+        width = config.get("moe_intermediate_size") or config["intermediate_size"]
+        writer.add_expert_count(config[kind.config_fields[0]])
+        writer.add_expert_used_count(config[kind.router.chosen])
+        writer.add_expert_feed_forward_length(width)
+    uses_window = config["model_type"].startswith("gemma") or config["model_type"] == "gpt_oss"
+    if uses_window and config.get("sliding_window"):
         writer.add_sliding_window(config["sliding_window"])
     if config.get("attn_logit_softcapping"):
         writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
@@ -190,6 +221,9 @@ def _add_rope_scaling(writer: gguf.GGUFWriter, scaling: dict[str, Any]) -> None:
     writer.add_rope_scaling_factor(scaling["factor"])
     if kind == "yarn":
         writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+        for key in YARN_BETAS:
+            if key in scaling:
+                getattr(writer, f"add_rope_scaling_yarn_{key}")(scaling[key])
 
 
 def _add_vocabulary(

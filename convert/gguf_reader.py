@@ -54,6 +54,19 @@ class GGUFTensor:
     offset: int
     num_bytes: int
 
+    def split(self) -> list["GGUFTensor"]:
+        """Return the tensors of one axis less that lie one after the other in this one."""
+        num_bytes = self.num_bytes // self.shape[0]
+        return [
+            dataclasses.replace(
+                self,
+                shape=self.shape[1:],
+                offset=self.offset + index * num_bytes,
+                num_bytes=num_bytes,
+            )
+            for index in range(self.shape[0])
+        ]
+
 
 class GGUFFile:
     """An open GGUF file: ``metadata`` by key, ``tensors`` by name.

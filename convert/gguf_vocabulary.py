@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from ifp_mlx.convert.gguf_tokenizer import PRE_TOKENIZERS
 from ifp_mlx.errors import CheckpointError
-from ifp_mlx.storage.checkpoint import load_tokenizer
+from ifp_mlx.storage.tokenizer import load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

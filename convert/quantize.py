@@ -11,9 +11,10 @@ import mlx.nn as nn
 from ifp_mlx.convert.checkpoint_writer import copy_tokenizer_files, write_model
 from ifp_mlx.convert.progress import Progress, no_progress
 from ifp_mlx.errors import CheckpointError, UsageError
-from ifp_mlx.storage.checkpoint import load_model, load_tokenizer, stored_tensors
 from ifp_mlx.storage.files import require_free_disk, staged_directory
 from ifp_mlx.storage.origin import read_origin, write_origin
+from ifp_mlx.storage.tokenizer import load_tokenizer
+from ifp_mlx.storage.weights import load_model, stored_tensors
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUP_SIZES = (32, 64, 128)
@@ -69,9 +70,9 @@ def make_quantization(
     if mode in _FIXED_MODES and (made.bits, made.group_size) != default:
         raise UsageError(f"mode {mode} always has {default[0]} bits in groups of {default[1]}")
     if mode == "affine" and made.bits not in AFFINE_BITS:
-        raise UsageError(f"--bits must be one of {', '.join(map(str, AFFINE_BITS))}")
+        raise UsageError(f"`bits` must be one of {', '.join(map(str, AFFINE_BITS))}")
     if mode == "affine" and made.group_size not in AFFINE_GROUP_SIZES:
-        raise UsageError(f"--group-size must be one of {', '.join(map(str, AFFINE_GROUP_SIZES))}")
+        raise UsageError(f"`group_size` must be one of {', '.join(map(str, AFFINE_GROUP_SIZES))}")
     return made
 
 
@@ -220,7 +221,7 @@ def _recipe_predicate(
     except ValueError as error:
         raise CheckpointError(
             f"the recipe {quantization.recipe} needs layers named down_proj, which "
-            f"{model.args.model_type} models do not have; give --bits instead"
+            f"{model.args.model_type} models do not have; give `bits` instead"
         ) from error
     return cast(Callable[[str, nn.Module], dict[str, Any]], predicate)
 

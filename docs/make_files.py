@@ -1,4 +1,4 @@
-"""Write the README's list of files from the modules' own first lines; ``--check`` only compares."""
+"""Write architecture.md's list of files from modules' first lines; ``--check`` only compares."""
 
 import ast
 import re
@@ -6,18 +6,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- files -->\n", "<!-- end of files -->"
-FOLDERS = (
-    "ifp_mlx",
-    "ifp_mlx/training",
-    "ifp_mlx/evaluation",
-    "ifp_mlx/benchmarking",
-    "ifp_mlx/server",
-    "convert",
-    "cli",
-    "benchmarks",
-)
+ROOMS = (
+    "units", "storage", "selection", "adapters", "slicing", "subnets", "chat", "text", "training",
+    "evaluation", "benchmarking", "server",
+)  # fmt: skip
+FOLDERS = ("ifp_mlx", *(f"ifp_mlx/{room}" for room in ROOMS), "convert", "cli", "benchmarks")
 
 
 def first_line(path: Path) -> str:
@@ -42,15 +37,15 @@ def list_files() -> str:
 
 
 def main() -> int:
-    """Rewrite the README's list, or with ``--check`` return 1 if it is out of date."""
-    text = README.read_text(encoding="utf-8")
+    """Rewrite the list, or with ``--check`` return 1 if it is out of date."""
+    text = PAGE.read_text(encoding="utf-8")
     pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
     wanted = pattern.sub(lambda _: BEGIN + list_files() + END, text)
     if "--check" in sys.argv[1:]:
         if wanted != text:
-            sys.stderr.write("README.md: the list of files is old; run python docs/make_files.py\n")
+            sys.stderr.write(f"{PAGE.name}: the list of files is old; run docs/make_files.py\n")
         return int(wanted != text)
-    README.write_text(wanted, encoding="utf-8")
+    PAGE.write_text(wanted, encoding="utf-8")
     return 0
 
 

@@ -1,9 +1,9 @@
 """The one place that puts the parts together: a checkpoint, a selector, a cache, a conversation."""
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,36 +13,89 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ifp_mlx.adapters.adapter import Adapter, load_adapter
-from ifp_mlx.adapters.shipped import find_side_file
-from ifp_mlx.errors import AdapterError, ResourceError, SelectionError, UsageError
+from ifp_mlx.adapters.shipped import find_companion
+from ifp_mlx.errors import AdapterError, ResourceError, UsageError
 from ifp_mlx.selection.calibration import Calibration
-from ifp_mlx.selection.selection import Selection, Selector, select
-from ifp_mlx.storage import checkpoint
-from ifp_mlx.subnets import selector_choice
-from ifp_mlx.subnets.base_model import (
-    DEFAULT_CONTEXT_TOKENS,
-    BaseModel,
-    open_base_model,
-    total_parameters,
+from ifp_mlx.selection.selection import Selection
+from ifp_mlx.selection.selectors import NamedSelector, select
+from ifp_mlx.selection.spec import SelectorSpec
+from ifp_mlx.slicing.compact import DEFAULT_CUT, CutOptions
+from ifp_mlx.storage.config_file import read_config
+from ifp_mlx.storage.identity import file_states, fingerprint
+from ifp_mlx.storage.tokenizer import chat_ids, load_tokenizer
+from ifp_mlx.storage.transformers_import import begin_importing_transformers
+from ifp_mlx.storage.weights import stored_unit_shape
+from ifp_mlx.subnets import memory
+from ifp_mlx.subnets.compact_models import CompactModels
+from ifp_mlx.subnets.compact_store import CompactStore, module_digest
+from ifp_mlx.subnets.dense_model import DenseModel, open_dense_model
+from ifp_mlx.subnets.selectors import (
+    SELECTORS,
+    SelectorFiles,
+    choose_selector,
+    make_selector,
+    selector_version,
 )
-from ifp_mlx.subnets.compact_models import CompactModels, SubNetwork, dense_identity
-from ifp_mlx.subnets.compact_store import CompactStore, module_digest, selection_digest
-from ifp_mlx.subnets.task_cache import CacheKey, SubNetCache, fold_task
-from ifp_mlx.units import ffn
-from ifp_mlx.units.amounts import round_keep_ratio
+from ifp_mlx.subnets.subnetwork import DENSE, SubNetwork
+from ifp_mlx.subnets.task_cache import CacheKey, Reuse, TaskCache, fold_task
+from ifp_mlx.units.amounts import Amounts
+from ifp_mlx.units.kinds import UnitKind
+from ifp_mlx.units.model_config import ModelConfig
 
 if TYPE_CHECKING:  # mlx-lm takes seconds to import: ``load`` does so beside its own work
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from ifp_mlx.chat.conversation import Conversation, KVCacheOptions, Message
+    from ifp_mlx.chat.conversation import Conversation
+    from ifp_mlx.chat.sampling import KVCacheOptions
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_KEEP_RATIO = 2 / 3
 """Without an adapter, below two thirds of the units a small model loses too much (README)."""
+
+DEFAULT_EXPERT_RATIO = 0.75
+MANY_EXPERTS = 64
+"""Mixtures of this many experts a layer lost little with a quarter of them gone, for the task that
+chose (docs/experts.md); those of fewer lost much."""
 
 PREDICTED_REUSE_OVERLAP = 0.85
 """Of 768 units, predicted sub-networks of paraphrases have more than this in common, those of
 different tasks less (benchmarks/task_pairs.py, with the shipped adapter). Other selectors tell
 tasks apart too little to reuse by overlap."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFiles:
+    """A checkpoint and what belongs to it, read or found.
+
+    Attributes:
+        path: the checkpoint directory.
+        config: its configuration.
+        adapter: the IFP adapter in use, if any.
+        calibration: the calibrated prior, if any.
+        selector: which selector is in use.
+    """
+
+    path: Path
+    config: ModelConfig
+    adapter: Adapter | None
+    calibration: Calibration | None
+    selector: SelectorSpec
+
+    @property
+    def for_selectors(self) -> SelectorFiles:
+        """What selectors are made from."""
+        return SelectorFiles(self.adapter, self.calibration)
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether the adapter's changes are applied: they belong to its own predictor's units."""
+        return self.adapter is not None and SELECTORS[self.selector.name].needs == "adapter"
+
+    @property
+    def adapter_fingerprint(self) -> str:
+        """Empty without an adapter."""
+        return "" if self.adapter is None else self.adapter.fingerprint
 
 
 class Assistant:
@@ -53,177 +106,138 @@ class Assistant:
     so that a task known from an earlier run needs nothing of the dense model.
 
     Attributes:
-        model_path: the checkpoint directory.
-        config: its ``config.json``.
-        context_length: the most positions that the model was made for.
-        num_layers: L.
-        num_units: F.
-        adapter: the IFP adapter in use, if any.
-        calibration: the calibrated prior, if any.
-        selector_name: which selector is in use.
+        files: the checkpoint and what belongs to it.
         cache: where selections are kept, None for nowhere.
     """
 
     def __init__(
         self,
+        files: ModelFiles,
         *,
-        model_path: Path,
-        config: dict[str, Any],
-        open_base: Callable[[], BaseModel],
+        open_dense: Callable[[], DenseModel],
         compact_models: CompactModels,
-        wait_for_tokenizer: Callable[[], "TokenizerWrapper"],
-        selector_name: str,
-        adapter: Adapter | None = None,
-        calibration: Calibration | None = None,
-        cache: SubNetCache | None = None,
+        cache: TaskCache | None = None,
         reuse_threshold: float | None = None,
-        on_warning: Callable[[str], None] = lambda line: None,
     ):
-        self.model_path = model_path
-        self.config = config
-        self._wait_for_tokenizer = wait_for_tokenizer
-        self.adapter = adapter
-        self.calibration = calibration
+        self.files = files
         self.cache = cache
-        self.num_layers, self.num_units = ffn.ffn_shape(config)
-        self.context_length = int(config.get("max_position_embeddings") or 2**31)
-        self._open_base = open_base
-        self._selector: Selector | None = None
+        self._open_dense = open_dense
         self._compact_models = compact_models
-        self._dense: nn.Module | None = None
-        self._on_warning = on_warning
-        self.selector_name = selector_name
+        self._selector: NamedSelector | None = None
+        self._whole: nn.Module | None = None
         if reuse_threshold is None:
-            reuse_threshold = PREDICTED_REUSE_OVERLAP if self.selector_name == "predictor" else 0.0
+            reuse_threshold = PREDICTED_REUSE_OVERLAP if files.is_adapted else 0.0
         self._reuse_threshold = reuse_threshold
 
     @classmethod
     def load(
         cls,
-        model_path: Path,
+        path: Path,
         *,
         adapter: Path | None = None,
         use_adapter: bool = True,
         calibration: Path | None = None,
-        selector: str | None = None,
-        compensate: bool = False,
-        cache: SubNetCache | None = None,
+        selector: SelectorSpec | None = None,
+        options: CutOptions = DEFAULT_CUT,
+        cache: TaskCache | None = None,
         reuse_threshold: float | None = None,
-        exact_down: bool = False,
-        context_tokens: int = DEFAULT_CONTEXT_TOKENS,
-        force: bool = False,
         preload: bool = True,
-        on_warning: Callable[[str], None] = lambda line: None,
     ) -> "Assistant":
         """Open a checkpoint with what belongs to it.
 
         The adapter and the calibration are, in this order: the ones named here, those in the
-        checkpoint's ``ifp/`` folder, those shipped with this package for this model.
+        checkpoint's ``ifp/`` folder, those shipped with this package for this model. What the user
+        should know is logged as a warning.
 
         Args:
-            model_path: a checkpoint directory.
+            path: a checkpoint directory.
             adapter: an IFP adapter directory.
             use_adapter: False ignores every adapter.
             calibration: a file of ``ifp calibrate``.
-            selector: as in ``choose_selector``; None takes the best there is.
-            compensate: add the removed units' mean contribution as a bias.
+            selector: None takes the best there is.
+            options: how sub-networks are cut.
             cache: where selections by task are kept; None keeps nothing.
             reuse_threshold: share of units in common above which another cached task's
                 sub-network is taken instead; 0 never does, None does for the predictor only.
-            exact_down: do not quantize columns of down projections again, at 8 bits; as in
-                ``slice_model``.
-            context_tokens: the length of conversation that memory must be enough for.
-            force: load what is predicted not to fit in memory.
             preload: False leaves the dense model alone until something needs it, which a task
                 whose compact model is on disk does not.
-            on_warning: called with one line for the user.
 
         Raises:
             CheckpointError: the directory is not a usable checkpoint.
             AdapterError: the adapter was made for another model.
             UsageError: the selector needs a file that is not there.
         """
-        config = checkpoint.read_config(model_path)
-        ffn.ffn_layout(config["model_type"])
-        calibration_path = calibration or find_side_file(
-            model_path, config, "calibration.safetensors"
+        config = read_config(path)
+        open_dense = functools.cache(
+            functools.partial(open_dense_model, path, options, lazy=not preload)
         )
-        background = concurrent.futures.ThreadPoolExecutor(1)
-        tokenizer = background.submit(checkpoint.load_tokenizer, model_path)
-        background.shutdown(wait=False)
-        open_base = functools.cache(
-            functools.partial(
-                open_base_model,
-                model_path,
-                exact_down=exact_down,
-                context_tokens=context_tokens,
-                force=force,
-                lazy=not preload,
-                on_warning=on_warning,
-            )
-        )
-        prior = Calibration.load(calibration_path) if calibration_path else None
-        adapter_path = adapter or find_side_file(model_path, config, "adapter")
-        found = load_adapter(adapter_path, verify=False) if use_adapter and adapter_path else None
-
-        def store_for(found: Adapter | None) -> CompactStore | None:
-            if cache is None or compensate:
-                return None
-            adapted = selector_choice.choose_selector(selector, found, prior) == "predictor"
-            identity = dense_identity(model_path, found, adapted=adapted, exact_down=exact_down)
-            return CompactStore(cache.compact_folder, identity, config, on_warning=on_warning)
-
-        store = store_for(found)
+        prior = _find_calibration(path, config, calibration)
+        found = _find_adapter(path, config, adapter) if use_adapter else None
+        chosen = choose_selector(selector, SelectorFiles(found, prior))
+        begin_importing_transformers()  # while weights are read
+        files = ModelFiles(path, config, found, prior, chosen)
+        store = _store_of(files, options, cache)
         # What is stored was cut from this checkpoint, with this adapter: they are sound and fit.
         is_proven = store is not None and store.is_known() and not preload
         if found is not None and not is_proven:
             found.verify()
-        if found is not None and adapter is None and not is_proven:
-            try:
-                found.check_base(open_base().reader)
-            except AdapterError as error:
-                on_warning(f"the adapter in {adapter_path} is left out: {error}")
-                found = None
-                store = store_for(None)
-        selector_name = selector_choice.choose_selector(selector, found, prior)
-        # An adapter's changes belong to the units that its own predictor selects.
-        adapt = found.apply if found is not None and selector_name == "predictor" else None
+            if adapter is None and (reason := _misfit(found, open_dense)) is not None:
+                logger.warning("the adapter that was found is left out: %s", reason)
+                chosen = choose_selector(selector, SelectorFiles(None, prior))
+                files = dataclasses.replace(files, adapter=None, selector=chosen)
+                store = _store_of(files, options, cache)
         assistant = cls(
-            model_path=model_path,
-            config=config,
-            open_base=open_base,
+            files,
+            open_dense=open_dense,
             compact_models=CompactModels(
-                model_path,
-                open_base,
-                adapt=adapt,
-                compensation=prior if compensate else None,
+                path,
+                open_dense,
+                adapt=files.adapter.apply if files.adapter and files.is_adapted else None,
                 store=store,
-                on_warning=on_warning,
             ),
-            wait_for_tokenizer=tokenizer.result,
-            selector_name=selector_name,
-            adapter=found,
-            calibration=prior,
             cache=cache,
             reuse_threshold=reuse_threshold,
-            on_warning=on_warning,
         )
-        if not is_proven:
-            # Refuses now what cannot be loaded.
+        if not is_proven:  # refuse now what cannot be loaded
             assistant.selector()
             assistant.tokenizer  # noqa: B018
         return assistant
 
     @property
+    def model_path(self) -> Path:
+        """The checkpoint directory."""
+        return self.files.path
+
+    @property
+    def kind(self) -> UnitKind:
+        """The kind of units that sub-networks are cut in."""
+        return self.files.config.family.kind
+
+    @functools.cached_property
+    def amounts(self) -> Amounts:
+        """Of units that sub-networks can keep."""
+        return Amounts.of(self.files.config, self.num_units)
+
+    @functools.cached_property
+    def num_units(self) -> int:
+        """F."""
+        return stored_unit_shape(self.files.path).num_units
+
+    @property
+    def context_length(self) -> int:
+        """The most positions that the model was made for."""
+        return self.files.config.context_length
+
+    @functools.cached_property
     def tokenizer(self) -> "TokenizerWrapper":
         """mlx-lm's wrapper.
 
         Raises:
             CheckpointError: the tokenizer files are missing or damaged.
         """
-        return self._wait_for_tokenizer()
+        return load_tokenizer(self.files.path)
 
-    def selector(self) -> Selector:
+    def selector(self) -> NamedSelector:
         """Return what scores units for an instruction; opens the dense model.
 
         Raises:
@@ -231,32 +245,42 @@ class Assistant:
             SelectionError: no such task was calibrated.
         """
         if self._selector is None:
-            self._selector = selector_choice.make_selector(
-                self.selector_name, self._open_base().reader, self.adapter, self.calibration
+            files = self.files
+            self._selector = make_selector(
+                files.selector, self._open_dense().reader, files.for_selectors
             )
         return self._selector
 
     @property
     def default_num_kept_units(self) -> int:
-        """K when the user does not say: what the adapter was trained for, or two thirds of F."""
-        if self.selector_name == "predictor" and self.adapter is not None:
-            return max(self.adapter.keep_units)
-        return round_keep_ratio(DEFAULT_KEEP_RATIO, self.num_units)
+        """K when the user does not say: what the adapter was trained for, or by the kind."""
+        if self.files.adapter is not None and self.files.is_adapted:
+            return max(self.files.adapter.keep_units)
+        if self.kind.router is None:
+            return self.amounts.nearest(DEFAULT_KEEP_RATIO)
+        is_large = self.num_units >= MANY_EXPERTS
+        return self.amounts.nearest(DEFAULT_EXPERT_RATIO if is_large else 1.0)
+
+    @property
+    def skeleton(self) -> nn.Module:
+        """The base model for what its modules say; its weights need not be in memory."""
+        return self._open_dense().skeleton
 
     def dense(self) -> SubNetwork:
         """Return the whole base model, without an adapter's changes."""
-        if self._dense is None:
-            self._dense = self._open_base().dense()
-        parameters = total_parameters(self._open_base())
+        dense = self._open_dense()
+        if self._whole is None:
+            self._whole = dense.whole()
         return SubNetwork(
-            model=self._dense,
+            model=self._whole,
             selection=None,
-            selector="dense",
+            selector=DENSE,
             task=None,
+            kind=self.kind,
             num_kept_units=self.num_units,
             num_units=self.num_units,
-            active_parameters=parameters,
-            total_parameters=parameters,
+            active_parameters=dense.total_parameters,
+            total_parameters=dense.total_parameters,
         )
 
     def subnetwork_for_task(
@@ -276,9 +300,9 @@ class Assistant:
         """
         if not task.strip():
             raise UsageError("the task description is empty; say what you need help with")
-        if examples and self.selector_name not in selector_choice.READING_SELECTORS:
+        if examples and not SELECTORS[self.files.selector.name].reads:
             raise UsageError(
-                f"{self.selector_name} selects without reading; leave out the examples"
+                f"{self.files.selector} selects without reading; leave out the examples"
             )
         if num_kept_units == self.num_units:
             return dataclasses.replace(self.dense(), task=task)
@@ -286,29 +310,25 @@ class Assistant:
             selection, selection_s = self._select(task, num_kept_units, examples)
             return self._cut(selection, task=task, selection_s=selection_s)
         key = self.cache_key(task, num_kept_units)
-        if not examples and (cached := self.cache.get(key)) is not None:
-            return self._cut_cached(key, cached, from_cache=True)
+        if not examples and (subnet := self._from_cache(key)) is not None:
+            return subnet
         with self.cache.lock(key):
             # Another process may have been faster.
-            if not examples and (cached := self.cache.get(key)) is not None:
-                return self._cut_cached(key, cached, from_cache=True)
+            if not examples and (subnet := self._from_cache(key)) is not None:
+                return subnet
             selection, selection_s = self._select(task, num_kept_units, examples)
-            threshold = None if examples else self._reuse_threshold
-            reused = threshold and self.cache.find_overlapping(key, selection, threshold)
-            if reused:
-                other_task, overlap, selection = reused
-                return self._cut(
-                    selection,
-                    task=task,
-                    selection_s=selection_s,
-                    reused_task=other_task,
-                    reuse_overlap=overlap,
-                )
+            near = None
+            if self._reuse_threshold and not examples:
+                near = self.cache.find_overlapping(key, selection, self._reuse_threshold)
+            reuse = None
+            if near is not None:
+                reuse, selection = near
             try:
-                self.cache.put(key, selection, self.model_path.name, num_examples=len(examples))
+                name, num_examples = self.files.path.name, len(examples)
+                self.cache.put(key, selection, name, num_examples=num_examples, reuse=reuse)
             except ResourceError as error:
-                self._on_warning(f"the sub-network is not cached: {error}")
-        return self._cut_cached(key, selection, selection_s=selection_s)
+                logger.warning("the sub-network is not cached: %s", error)
+        return self._cut_cached(key, selection, reuse, selection_s=selection_s)
 
     def subnetwork_for_prompt(self, text: str, num_kept_units: int) -> SubNetwork:
         """Return the sub-network that one prompt selects for itself; nothing is cached on disk.
@@ -330,12 +350,8 @@ class Assistant:
         Raises:
             SelectionError: the selection does not fit this model.
         """
-        if selection.num_layers != self.num_layers or selection.num_units != self.num_units:
-            raise SelectionError(
-                f"the selection is for {selection.num_layers} layers of {selection.num_units} "
-                f"units, the model has {self.num_layers} of {self.num_units}"
-            )
-        return dataclasses.replace(self._cut(selection), selector=selection.selector)
+        selection.check_shape(self.kind.name, stored_unit_shape(self.files.path))
+        return self._cut(selection)
 
     def select_for(self, text: str, num_kept_units: int) -> Selection:
         """Return the units that a text selects, without slicing or caching. Evaluates."""
@@ -343,44 +359,35 @@ class Assistant:
 
     def cache_key(self, task: str, num_kept_units: int) -> CacheKey:
         """Return the key under which a task's selection is kept."""
+        files = self.files
         return CacheKey(
             task=task,
-            base=checkpoint.fingerprint(self.model_path),
-            adapter=self.adapter.fingerprint if self.adapter is not None else "",
-            selector=self.selector_name,
-            selector_version=selector_choice.selector_version(self.selector_name, self.adapter),
+            base=fingerprint(files.path),
+            adapter=files.adapter_fingerprint,
+            selector=str(files.selector),
+            selector_version=selector_version(files.selector, files.for_selectors),
+            kind=self.kind.name,
             num_kept_units=num_kept_units,
         )
 
     def kv_identity(self, subnet: SubNetwork) -> dict[str, Any]:
         """Return what the keys and values that a sub-network computes depend on."""
-        selection = subnet.selection
         return {
-            "base": checkpoint.fingerprint(self.model_path),
-            "adapter": self.adapter.fingerprint if self.adapter is not None else "",
-            "selector": subnet.selector,
-            "selection": None if selection is None else selection_digest(selection),
+            "base": fingerprint(self.files.path),
+            "adapter": self.files.adapter_fingerprint,
+            "selector": str(subnet.selector),
+            "selection": None if subnet.selection is None else subnet.selection.digest,
             "modules": module_digest(subnet.model),
         }
 
     def converse(
-        self,
-        subnet: SubNetwork,
-        *,
-        system_prompt: str | None = None,
-        messages: "Sequence[Message]" = (),
-        kv_options: "KVCacheOptions | None" = None,
+        self, subnet: SubNetwork, kv_options: "KVCacheOptions | None" = None
     ) -> "Conversation":
         """Return a conversation that a sub-network answers."""
         from ifp_mlx.chat.conversation import Conversation
 
         return Conversation(
-            subnet.model,
-            self.tokenizer,
-            self.context_length,
-            system_prompt=system_prompt,
-            messages=messages,
-            kv_options=kv_options,
+            subnet.model, self.tokenizer, self.context_length, kv_options=kv_options
         )
 
     def _select(
@@ -390,63 +397,90 @@ class Assistant:
         ids = self._instruction_ids(fold_task(text))
         example_ids = [self._instruction_ids(example) for example in examples]
         selection = select(self.selector(), ids, num_kept_units, example_ids)
-        mx.eval(selection.indices)
         return selection, time.perf_counter() - start
 
     def _instruction_ids(self, text: str) -> list[int]:
         """Return what every selector reads: the text as the model's user would send it."""
-        tokenizer, message = self.tokenizer, {"role": "user", "content": text}
-        if tokenizer.chat_template is None:
-            ids = list(tokenizer.encode(text))
-        else:
-            ids = list(
-                tokenizer.apply_chat_template(
-                    [message], add_generation_prompt=True, return_dict=False
-                )
-            )
+        ids = chat_ids(self.tokenizer, [{"role": "user", "content": text}])
         if len(ids) >= self.context_length:
             raise UsageError(
                 f"the instruction has {len(ids)} tokens, the model's context "
-                f"{self.context_length}; shorten it or describe the task with --task"
+                f"{self.context_length}; shorten it or describe the task with `task`"
             )
         return ids
 
-    def _cut_cached(self, key: CacheKey, selection: Selection, **facts: Any) -> SubNetwork:
+    def _from_cache(self, key: CacheKey) -> SubNetwork | None:
+        assert self.cache is not None
+        cached = self.cache.get(key)
+        return None if cached is None else self._cut_cached(key, *cached, from_cache=True)
+
+    def _cut_cached(
+        self, key: CacheKey, selection: Selection, reuse: Reuse | None, **facts: Any
+    ) -> SubNetwork:
         """Return the sub-network of a cache entry; note in it what quantizing again cost."""
+        if reuse is not None:
+            facts |= {"reused_task": reuse.task, "reuse_overlap": reuse.overlap}
         subnet = self._cut(selection, task=key.task, **facts)
         if self.cache is not None:
             with contextlib.suppress(ResourceError):  # a read-only cache still serves
                 self.cache.note_requantization_error(key, subnet.requantization_error)
         return subnet
 
-    def _cut(
-        self,
-        selection: Selection,
-        *,
-        task: str | None = None,
-        selection_s: float = 0.0,
-        **facts: Any,
-    ) -> SubNetwork:
-        slicing_s = 0.0
-        cut = self._compact_models.resident(selection)
-        if cut is None:
-            # What one prompt selects is unlikely to come again: on disk are tasks only.
-            cut = self._compact_models.make(selection, keep_on_disk=task is not None)
-            slicing_s = cut.seconds
+    def _cut(self, selection: Selection, *, task: str | None = None, **facts: Any) -> SubNetwork:
+        # What one prompt selects is unlikely to come again: on disk are tasks only.
+        cut = self._compact_models.get(selection, keep_on_disk=task is not None)
         from mlx_lm.utils import get_total_parameters
 
         return SubNetwork(
             model=cut.model,
             selection=selection,
-            selector=self.selector_name,
+            selector=selection.selector,
             task=task,
+            kind=self.kind,
             num_kept_units=selection.num_kept_units,
-            num_units=self.num_units,
-            selection_s=selection_s,
-            slicing_s=slicing_s,
-            weights_from_disk=cut.from_disk,
+            num_units=selection.num_units,
+            slicing_s=cut.seconds,
+            weights_from_disk=cut.is_stored,
             requantization_error=cut.requantization_error,
             active_parameters=get_total_parameters(cut.model),
             total_parameters=cut.total_parameters,
             **facts,
         )
+
+
+def _find_calibration(path: Path, config: ModelConfig, named: Path | None) -> Calibration | None:
+    found = named or find_companion(path, config, "calibration.safetensors")
+    return Calibration.load(found) if found else None
+
+
+def _find_adapter(path: Path, config: ModelConfig, named: Path | None) -> Adapter | None:
+    found = named or find_companion(path, config, "adapter")
+    return load_adapter(found, verify=False) if found else None
+
+
+def _misfit(adapter: Adapter, open_dense: Callable[[], DenseModel]) -> str | None:
+    """Return why an adapter does not belong to the model, None if it does. Evaluates."""
+    try:
+        adapter.check_base(open_dense().reader)
+    except AdapterError as error:
+        return str(error)
+    return None
+
+
+def _store_of(
+    files: ModelFiles, options: CutOptions, cache: TaskCache | None
+) -> CompactStore | None:
+    """Return where the compact models of a dense model are kept, if they are."""
+    if cache is None:
+        return None
+    identity = {
+        "base": fingerprint(files.path),
+        "files": [(Path(name).name, *rest) for name, *rest in file_states(files.path)],
+        "adapter": files.adapter_fingerprint,
+        "adapted": files.is_adapted,
+        "exact_down": options.exact_down,
+        # These decide which type is computed in.
+        "device": str(mx.default_device()),
+        "memory_bytes": memory.usable_memory_bytes(),
+    }
+    return CompactStore(cache.compact_folder, identity, files.config)

@@ -36,6 +36,39 @@ _SIZES = {
     "max_position_embeddings": 128,
     "tie_word_embeddings": True,
 }
+_EXPERTS = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+}
+_GROUPED = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.5,
+}
+_LATENT = {  # keys and values are made of one narrow vector
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
+_DELTA_NET = {  # two layers of three that remember a state instead of keys and values
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 3,
+    "partial_rotary_factor": 0.5,
+    "head_dim": 8,
+}
 _FAMILY_SPECIFIC: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {},
@@ -89,7 +122,130 @@ _FAMILY_SPECIFIC: dict[str, dict[str, Any]] = {
         "layer_norm_epsilon": 1e-5,
     },
     "phi": {"partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5, "num_key_value_heads": 4},
-}
+    "cohere2": {"head_dim": 8, "sliding_window": 16, "sliding_window_pattern": 2},
+    "ernie4_5": {"head_dim": 8, "use_bias": True},
+    "exaone4": {
+        "head_dim": 8,
+        "rope_scaling": None,
+        "sliding_window": 16,
+        "sliding_window_pattern": "LLG",
+    },
+    "glm": {"head_dim": 8},
+    "helium": {"head_dim": 8, "attention_bias": False, "mlp_bias": False},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "internlm2": {},
+    "internlm3": {"bias": True},
+    "mimo": {},
+    "minicpm": {
+        "dim_model_base": 16,
+        "scale_depth": 1.4,
+        "scale_emb": 12.0,
+        "tie_word_embeddings": False,
+    },
+    "ministral3": {
+        "head_dim": 8,
+        "rope_parameters": {
+            "rope_theta": 10000.0,
+            "rope_type": "default",
+            "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "nemotron": {"hidden_act": "relu2", "norm_eps": 1e-5, "tie_word_embeddings": False},
+    "olmo3": {
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+    "seed_oss": {"head_dim": 8, "mlp_bias": True},
+    "qwen3_5": _DELTA_NET,
+    "mellum": {
+        **_EXPERTS,
+        "head_dim": 8,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            name: {"rope_theta": 10000.0, "rope_type": "default"}
+            for name in ("sliding_attention", "full_attention")
+        },
+    },
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 96},
+    "qwen3_moe": {
+        **_EXPERTS, "head_dim": 8, "decoder_sparse_step": 1, "mlp_only_layers": [1],
+    },
+    "qwen3_next": {
+        **_EXPERTS, **_DELTA_NET, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "shared_expert_intermediate_size": 96,
+    },
+    "qwen3_5_moe": {**_EXPERTS, **_DELTA_NET, "shared_expert_intermediate_size": 96},
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "phimoe": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "original_max_position_embeddings": 64,
+        "rope_scaling": {
+            "type": "longrope", "long_factor": [1.0] * 4, "short_factor": [1.0] * 4,
+            "long_mscale": 1.0, "short_mscale": 1.0,
+        },
+    },
+    "granitemoe": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "attention_multiplier": 0.25,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 1.0,
+        "attention_bias": False,
+    },
+    "gpt_oss": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "head_dim": 8,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 2.0, "beta_fast": 32.0, "beta_slow": 1.0,
+            "original_max_position_embeddings": 64, "truncate": False,
+        },
+    },
+    "deepseek_v2": {
+        **_GROUPED, **_LATENT, "topk_method": "group_limited_greedy", "first_k_dense_replace": 1,
+        "rope_scaling": {
+            "type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64,
+            "mscale": 1.0, "mscale_all_dim": 1.0,
+        },
+    },
+    "deepseek_v3": {**_GROUPED, **_LATENT, "first_k_dense_replace": 1},
+    "glm4_moe": {
+        **_GROUPED, "head_dim": 8, "use_qk_norm": True, "attention_bias": False,
+        "partial_rotary_factor": 0.5, "first_k_dense_replace": 1, "rope_scaling": None,
+        "norm_topk_prob": True,
+    },
+    "glm4_moe_lite": {**_GROUPED, **_LATENT, "first_k_dense_replace": 1},
+    "dots1": {
+        **_GROUPED, "head_dim": 8, "first_k_dense_replace": 1, "norm_topk_prob": True,
+    },
+    "afmoe": {
+        **_EXPERTS, "head_dim": 8, "n_group": 2, "topk_group": 1, "num_shared_experts": 1,
+        "num_dense_layers": 1, "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "lfm2_moe": {
+        **_EXPERTS, "use_expert_bias": True, "num_dense_layers": 1, "norm_eps": 1e-5,
+        "conv_bias": False, "conv_L_cache": 3,
+        "layer_types": ["conv", "full_attention", "conv"],
+    },
+    "ernie4_5_moe": {
+        "moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 64, "use_bias": False,
+        "moe_num_shared_experts": 1, "moe_layer_start_index": 1, "moe_use_aux_free": True,
+    },
+    "gemma4_text": {
+        "enable_moe_block": True, "num_experts": 8, "top_k_experts": 2,
+        "moe_intermediate_size": 64, "head_dim": 8, "global_head_dim": 16,
+        "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ifp_mlx.convert.conversion import convert_checkpoint
-from ifp_mlx.storage.checkpoint import load_model
+from ifp_mlx.storage.weights import load_model
 
 torch = pytest.importorskip("torch", reason="parity tests need PyTorch")
 pytestmark = pytest.mark.parity

@@ -33,7 +33,7 @@ def test_linked_packages_have_one_import_name() -> None:
     assert "import ifp_mlx.cli, not cli" in run.stderr
 
 
-def test_list_of_files_in_the_readme_is_current() -> None:
+def test_list_of_files_is_current() -> None:
     run = subprocess.run(
         [sys.executable, str(ROOT / "docs" / "make_files.py"), "--check"],
         capture_output=True,

@@ -17,13 +17,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from ifp_mlx.adapters.delta_codes import GROUP_SIZE, DeltaCodes, decode_delta, encode_delta
 from ifp_mlx.errors import AdapterError
 from ifp_mlx.selection.predictor import HEAD_TOKENS, TAIL_TOKENS, PredictorHead, SparsityPredictor
 from ifp_mlx.storage.files import staged_directory
-from ifp_mlx.units.ffn import clone_module
+from ifp_mlx.units.modules import clone_module, is_packed, module_at, named_arrays, plain_linear
 
 FORMAT_VERSION = 1
 MANIFEST = "adapter.json"
@@ -82,7 +82,7 @@ class Adapter:
                 damaged.
         """
         self.verify()
-        parameters = dict(tree_flatten(model.parameters()))
+        parameters = named_arrays(model)
         for name, wanted in self.arrays.items():
             if not name.startswith(_SKETCH):
                 continue
@@ -109,7 +109,7 @@ class Adapter:
         """
         self.check_base(model)
         trained: nn.Module = clone_module(model)
-        parameters = dict(tree_flatten(model.parameters()))
+        parameters = named_arrays(model)
         changed: dict[str, mx.array] = {}
         for name, shape in self.manifest["changed"].items():
             base = _float_weight(model, name, parameters)
@@ -147,7 +147,7 @@ class Adapter:
             head["project.weight"].shape[1], head["prior"], head["project.weight"].shape[0]
         )
         module.load_weights(list(head.items()))
-        return SparsityPredictor(base_model, module, version=self.fingerprint)
+        return SparsityPredictor(base_model, module)
 
     def _codes(self, name: str) -> DeltaCodes:
         try:
@@ -232,7 +232,7 @@ def save_adapter(
         AdapterError: bits are out of range, or a tensor does not fit the base.
         UsageError: the folder exists and ``overwrite`` is not set.
     """
-    parameters = dict(tree_flatten(base.parameters()))
+    parameters = named_arrays(base)
     arrays: dict[str, mx.array] = {}
     for name, trained in weights.items():
         original = _float_weight(base, name, parameters)
@@ -270,7 +270,7 @@ def save_adapter(
 def _head_arrays(head: PredictorHead) -> dict[str, mx.array]:
     """Return the head for disk: the large expansion as 8-bit codes, one scale a row."""
     arrays: dict[str, mx.array] = {}
-    for name, value in dict(tree_flatten(head.parameters())).items():
+    for name, value in named_arrays(head).items():
         if name != "expand.weight":
             arrays[_HEAD + name] = value.astype(mx.float16)
             continue
@@ -314,7 +314,7 @@ def _float_weight(model: nn.Module, name: str, parameters: dict[str, mx.array]) 
         return None
     if _is_float(parameters[name]):
         return parameters[name].astype(mx.float32)
-    layer = _module_at(model, name.rpartition(".")[0])
+    layer = module_at(model, name.rpartition(".")[0])
     return mx.dequantize(
         layer.weight, layer.scales, layer.get("biases"), layer.group_size, layer.bits
     ).astype(mx.float32)
@@ -324,21 +324,11 @@ def _is_float(array: mx.array) -> bool:
     return bool(mx.issubdtype(array.dtype, mx.floating))
 
 
-def _module_at(model: nn.Module, path: str) -> Any:
-    module: Any = model
-    for part in path.split("."):
-        module = module[int(part)] if part.isdigit() else module[part]
-    return module
-
-
 def _dequantize_changed(model: nn.Module, changed: dict[str, mx.array]) -> None:
     """Replace quantized linear layers whose weights change by plain ones."""
     for name, weight in changed.items():
         parent_path, _, leaf = name.removesuffix(".weight").rpartition(".")
-        parent = _module_at(model, parent_path)
+        parent = module_at(model, parent_path)
         layer = parent.get(leaf)
-        if isinstance(layer, nn.QuantizedLinear):
-            plain = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in layer)
-            if "bias" in layer:
-                plain.bias = layer.bias
-            parent[leaf] = plain
+        if is_packed(layer):
+            parent[leaf] = plain_linear(weight, layer.get("bias"))

@@ -1,7 +1,8 @@
 """What this package ships for well-known models: calibration and trained adapter."""
 
 from pathlib import Path
-from typing import Any
+
+from ifp_mlx.units.model_config import ModelConfig
 
 _FOLDER = Path(__file__).parents[1] / "data"
 
@@ -15,13 +16,13 @@ _SMOLLM2_135M = {
 }
 
 
-def find_side_file(model_path: Path, config: dict[str, Any], name: str) -> Path | None:
+def find_companion(model_path: Path, config: ModelConfig, name: str) -> Path | None:
     """Return what belongs to a checkpoint under a name, or None.
 
     The checkpoint's own ``ifp/`` folder comes before what this package ships for a model of this
     configuration.
     """
     folders = [model_path / "ifp"]
-    if all(config.get(key) == value for key, value in _SMOLLM2_135M.items()):
+    if all(config.content.get(key) == value for key, value in _SMOLLM2_135M.items()):
         folders.append(_FOLDER / "smollm2-135m")
     return next((folder / name for folder in folders if (folder / name).exists()), None)

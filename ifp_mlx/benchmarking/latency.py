@@ -5,32 +5,28 @@ of the compact shape* is what a sub-network should cost, a model with K units bu
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.utils import get_total_parameters
 
-from ifp_mlx.benchmarking.generation import (
-    decode,
-    decode_with_mlx_lm,
-    first_token,
-    first_token_of,
-    prefill,
-    repeat_kv_cache,
-    select_lazily,
-    started_by_layers,
-)
-from ifp_mlx.benchmarking.shapes import is_mixture, num_bytes, num_parameters
-from ifp_mlx.benchmarking.timing import Repeats, Timing, Work, measure, measure_in_turns
+from ifp_mlx.benchmarking.shapes import is_mixture, random_ids
+from ifp_mlx.benchmarking.stages import cut, decode, first_token, read_prompt
+from ifp_mlx.benchmarking.timing import Repeats, Timing, Work, measure, measure_in_turns, settle
 from ifp_mlx.selection.predictor import SparsityPredictor
-from ifp_mlx.slicing.compact import slice_model
-from ifp_mlx.units import ffn
+from ifp_mlx.selection.selectors import NamedSelector, PredictorSelector, select
+from ifp_mlx.selection.spec import SelectorSpec
+from ifp_mlx.units.modules import leaf_modules, stored_bytes
 
 DENSE = "dense source"
 SMALL = "dense of the compact shape"
 PER_INPUT = "ours, per input"
 PER_TASK = "ours, per task, resident"
 PER_TASK_SLICED = "ours, per task, cached indices"
-MLX_LM = "dense source, decoded by mlx-lm"
+
+_SELECTION, _LOADING = "selection", "loading"
+_WARMUP_TOKENS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +41,7 @@ class Workload:
 
     prompt_tokens: int
     new_tokens: int = 100
-    num_samples: int = 4
+    num_samples: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +49,13 @@ class Subjects:
     """The models of one run.
 
     Attributes:
-        dense: the source as it is loaded.
-        source: the source as sub-networks are cut from it; shares all it can with ``dense``.
+        dense: the source.
         small: a dense model of the compact shape; None for a model that is not sliced.
         predictor: selects; None with ``small``.
         num_kept_units: K.
     """
 
     dense: nn.Module
-    source: nn.Module
     small: nn.Module | None = None
     predictor: SparsityPredictor | None = None
     num_kept_units: int = 0
@@ -78,10 +72,10 @@ class Row:
         num_samples: B.
         num_kept_units: K of the run.
         parameters: of the model that answers.
-        selection: predictor and top-k, evaluated on their own.
-        loading: slicing all layers, evaluated on its own.
+        selection: predictor and top-k.
+        loading: checking the selection and slicing all layers.
         prefill: the prompt through the model that answers, up to its first token.
-        ttft: from the prompt's ids to the first token, all stages one evaluation.
+        ttft: from the prompt's ids to the first token, through all stages of this row.
         decode: all new tokens of all samples, after the prefill.
         tokens_per_s: new tokens of all samples a second.
         peak_memory_bytes: what the row needs resident, and the most it adds until the first token.
@@ -113,6 +107,23 @@ class Row:
     decode_to_small: float | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Contender:
+    """What a row is made from: a model that answers, and what comes before it does.
+
+    Attributes:
+        model: answers.
+        ttft: from the prompt's ids to the first token.
+        resident_bytes: what must be in memory before.
+        stages: names of what comes before the prefill.
+    """
+
+    model: nn.Module
+    ttft: Work
+    resident_bytes: int
+    stages: tuple[str, ...] = ()
+
+
 def measure_latency(
     subjects: Subjects,
     workload: Workload,
@@ -130,62 +141,74 @@ def measure_latency(
         decode_repeats: of decoding, which takes longer.
         bandwidth: of a device copy, bytes a second, for the share that decoding reaches.
     """
-    prompt_ids = _random_ids(subjects, workload.prompt_tokens)
-    ids = mx.array(prompt_ids)
-    models = {DENSE: subjects.dense}
-    works: dict[str, Work] = {DENSE: _first_token(subjects.dense, ids)}
-    resident = {DENSE: num_bytes(subjects.dense)}
-    stages: dict[str, Work] = {}
-    small, predictor = subjects.small, subjects.predictor
-    if small is not None and predictor is not None:
-        selection = select_lazily(predictor, prompt_ids, subjects.num_kept_units)
-        mx.eval(selection.indices)
-        compact = slice_model(subjects.source, selection)
-        mx.eval(compact.parameters())
-        models |= dict.fromkeys((PER_INPUT, PER_TASK, PER_TASK_SLICED), compact) | {SMALL: small}
-        works |= {
-            SMALL: _first_token(small, ids),
-            PER_INPUT: lambda: first_token(
-                subjects.source, predictor, prompt_ids, subjects.num_kept_units
-            )[0],
-            PER_TASK: _first_token(compact, ids),
-            PER_TASK_SLICED: lambda: first_token_of(subjects.source, selection, ids)[0],
-        }
-        stages = {
-            "selection": lambda: (
-                select_lazily(predictor, prompt_ids, subjects.num_kept_units).indices
-            ),
-            "loading": lambda: ffn.ffn_modules(slice_model(subjects.source, selection)),
-        }
-        predictor_bytes = num_bytes(predictor.reader) + num_bytes(predictor.head)
-        resident |= {
-            SMALL: num_bytes(small),
-            PER_INPUT: num_bytes(subjects.source) + predictor_bytes,
-            PER_TASK: num_bytes(compact),
-            PER_TASK_SLICED: num_bytes(subjects.source),
-        }
+    readers = [] if subjects.predictor is None else [subjects.predictor.reader]
+    prompt_ids = random_ids(workload.prompt_tokens, subjects.dense, *readers)
+    contenders, stages = _contenders(subjects, prompt_ids)
+    works = {name: contender.ttft for name, contender in contenders.items()}
     timings = measure_in_turns(works | stages, repeats)
-    rows = {
-        name: Row(
+    rows = {}
+    for name, contender in contenders.items():
+        before = {stage: timings[stage] for stage in contender.stages}
+        parts = [*(stages[stage] for stage in contender.stages), contender.ttft]
+        rows[name] = Row(
             name=name,
             **dataclasses.asdict(workload),
             num_kept_units=subjects.num_kept_units,
-            parameters=num_parameters(models[name]),
+            parameters=int(get_total_parameters(contender.model)),
+            selection=before.get(_SELECTION),
+            loading=before.get(_LOADING),
+            prefill=timings[PER_TASK if before else name],
             ttft=timings[name],
-            prefill=timings[PER_TASK if models[name] is models.get(PER_TASK) else name],
-            peak_memory_bytes=resident[name] + _added_memory(work),
+            peak_memory_bytes=contender.resident_bytes + max(map(_added_memory, parts)),
         )
-        for name, work in works.items()
-    }
-    for name in (PER_INPUT, PER_TASK_SLICED):
-        if name in rows:
-            rows[name].loading = timings["loading"]
-    if PER_INPUT in rows:
-        rows[PER_INPUT].selection = timings["selection"]
     if workload.new_tokens:
-        _add_decoding(rows, models, ids, workload, decode_repeats, bandwidth)
+        _add_decoding(rows, contenders, prompt_ids, workload, decode_repeats, bandwidth)
     _add_ratios(rows)
     return list(rows.values())
+
+
+def _contenders(
+    subjects: Subjects, prompt_ids: Sequence[int]
+) -> tuple[dict[str, _Contender], dict[str, Work]]:
+    """Return what is compared by name, and the stages that some of them have. Evaluates."""
+
+    def answered_by(model: nn.Module) -> _Contender:
+        return _Contender(model, lambda: first_token(model, prompt_ids), stored_bytes(model))
+
+    dense, small, predictor = subjects.dense, subjects.small, subjects.predictor
+    contenders = {DENSE: answered_by(dense)}
+    if small is None or predictor is None:
+        return contenders, {}
+    selector = NamedSelector.of_model(
+        PredictorSelector(predictor), SelectorSpec("predictor"), dense
+    )
+    num_kept_units = subjects.num_kept_units
+    selection = select(selector, prompt_ids, num_kept_units)
+    compact = cut(dense, selection)
+    predictor_bytes = stored_bytes(predictor.reader) + stored_bytes(predictor.head)
+    contenders |= {
+        SMALL: answered_by(small),
+        PER_INPUT: _Contender(
+            compact,
+            lambda: first_token(
+                cut(dense, select(selector, prompt_ids, num_kept_units)), prompt_ids
+            ),
+            stored_bytes(dense) + predictor_bytes,
+            (_SELECTION, _LOADING),
+        ),
+        PER_TASK: answered_by(compact),
+        PER_TASK_SLICED: _Contender(
+            compact,
+            lambda: first_token(cut(dense, selection), prompt_ids),
+            stored_bytes(dense),
+            (_LOADING,),
+        ),
+    }
+    stages: dict[str, Work] = {
+        _SELECTION: lambda: select(selector, prompt_ids, num_kept_units).pick.indices,
+        _LOADING: lambda: cut(dense, selection),
+    }
+    return contenders, stages
 
 
 def step_bytes(model: nn.Module, workload: Workload) -> int:
@@ -194,31 +217,29 @@ def step_bytes(model: nn.Module, workload: Workload) -> int:
     Every weight once (of an untied input embedding only a row a sample, not counted), and each
     sample's keys and values at half of the new tokens.
     """
-    weights = num_bytes(model)
-    if "lm_head" in model:
-        weights -= num_bytes(model.model.embed_tokens)
-    _, kv_cache = prefill(model, mx.zeros((1,), dtype=mx.int32))
-    keys, values = kv_cache[0].keys_and_values()
-    position_bytes = len(kv_cache) * int(keys.nbytes + values.nbytes)
+    one_position = read_prompt(model, (0, 0))
+    position_bytes: int = sum(
+        array.nbytes // array.shape[2]  # (B, G, positions, D / H)
+        for layer in one_position.layers
+        for array in (layer.keys, layer.values)
+    )
     positions = workload.prompt_tokens + workload.new_tokens // 2
-    return weights + workload.num_samples * positions * position_bytes
+    weights_bytes = stored_bytes(model) - _looked_up_bytes(model)
+    return weights_bytes + workload.num_samples * positions * position_bytes
 
 
-def _first_token(model: nn.Module, ids: mx.array) -> Work:
-    started = started_by_layers(model)
-    return lambda: mx.argmax(prefill(started, ids)[0])
-
-
-def _random_ids(subjects: Subjects, num_tokens: int) -> list[int]:
-    # Below the vocabulary of every model in the run.
-    readers = [subjects.predictor.reader] if subjects.predictor is not None else []
-    vocab_size = min(model.args.vocab_size for model in (subjects.dense, *readers))
-    ids: list[int] = mx.random.randint(0, vocab_size, (num_tokens,)).tolist()  # type: ignore[assignment]
-    return ids
+def _looked_up_bytes(model: nn.Module) -> int:
+    """Return the size of embeddings that serve the input alone: a head makes the logits."""
+    leaves = [module for _, module in leaf_modules(model)]
+    embeddings = [m for m in leaves if isinstance(m, nn.Embedding | nn.QuantizedEmbedding)]
+    vocab_size = model.args.vocab_size
+    vocabularies = [m for m in leaves if "weight" in m and m.weight.shape[0] == vocab_size]
+    has_head = len(vocabularies) > len(embeddings)
+    return sum(map(stored_bytes, embeddings)) if has_head else 0
 
 
 def _added_memory(work: Work) -> int:
-    mx.synchronize()
+    settle()
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
@@ -228,8 +249,8 @@ def _added_memory(work: Work) -> int:
 
 def _add_decoding(
     rows: dict[str, Row],
-    models: dict[str, nn.Module],
-    ids: mx.array,
+    contenders: dict[str, _Contender],
+    prompt_ids: Sequence[int],
     workload: Workload,
     repeats: int,
     bandwidth: float,
@@ -238,37 +259,24 @@ def _add_decoding(
     works: dict[str, Work] = {}
     for name in (DENSE, SMALL, PER_TASK):
         if name in rows:
-            works[name] = _decoding(models[name], ids, workload)
-            _decoding(models[name], ids, dataclasses.replace(workload, new_tokens=4))()
-    if workload.num_samples == 1:  # mlx-lm's own loop has one sample
-        works[MLX_LM] = _decoding(models[DENSE], ids, workload, by_mlx_lm=True)
-        rows[MLX_LM] = dataclasses.replace(rows[DENSE], name=MLX_LM)
-        models = {**models, MLX_LM: models[DENSE]}
+            works[name] = _decoding(contenders[name].model, prompt_ids, workload)
+            warmup = dataclasses.replace(workload, new_tokens=_WARMUP_TOKENS)
+            _decoding(contenders[name].model, prompt_ids, warmup)()
     timings = measure_in_turns(works, Repeats(repeats, warmups=0))
     for name, row in rows.items():
-        timed = name if name in timings else PER_TASK
-        row.decode = timings[timed]
-        row.tokens_per_s = workload.num_samples * workload.new_tokens / timings[timed].median_s
-        if is_mixture(models[name]):
-            continue
-        row.step_bytes = step_bytes(models[name], workload)
-        bytes_per_s = row.step_bytes * workload.new_tokens / timings[timed].median_s
-        row.bandwidth_share = bytes_per_s / bandwidth
+        decode_s = timings[name if name in timings else PER_TASK]
+        row.decode = decode_s
+        row.tokens_per_s = workload.num_samples * workload.new_tokens / decode_s.median_s
+        model = contenders[name].model
+        if not is_mixture(model):
+            row.step_bytes = step_bytes(model, workload)
+            bytes_per_s = row.step_bytes * workload.new_tokens / decode_s.median_s
+            row.bandwidth_share = bytes_per_s / bandwidth
 
 
-def _decoding(
-    model: nn.Module, ids: mx.array, workload: Workload, *, by_mlx_lm: bool = False
-) -> Work:
-    logits, kv_cache = prefill(model, ids)
-    mx.eval(logits, [layer.state for layer in kv_cache])
-
-    def work() -> list[list[int]]:
-        samples = repeat_kv_cache(kv_cache, workload.num_samples)
-        if by_mlx_lm:
-            return [decode_with_mlx_lm(model, samples, logits, workload.new_tokens)]
-        return decode(model, samples, logits, workload.new_tokens, workload.num_samples)
-
-    return work
+def _decoding(model: nn.Module, prompt_ids: Sequence[int], workload: Workload) -> Work:
+    kv_cache = read_prompt(model, prompt_ids)
+    return lambda: decode(model, prompt_ids, kv_cache, workload.new_tokens, workload.num_samples)
 
 
 def _add_ratios(rows: dict[str, Row]) -> None:

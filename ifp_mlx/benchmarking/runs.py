@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,15 @@ from ifp_mlx.benchmarking.shapes import (
     build_predictor,
     find_predictor_config,
     find_shape,
-    is_mixture,
 )
 from ifp_mlx.benchmarking.slicing import measure_slicing
 from ifp_mlx.benchmarking.switching import measure_switching
 from ifp_mlx.benchmarking.timing import Repeats, copy_bandwidth, machine
 from ifp_mlx.errors import UsageError
-from ifp_mlx.slicing.compact import compute_dtype
-from ifp_mlx.slicing.gather import laid_out_for_slicing, with_unit_major_downs
-from ifp_mlx.storage import checkpoint
+from ifp_mlx.selection.predictor import SparsityPredictor
+from ifp_mlx.selection.selectors import select_random
+from ifp_mlx.storage.weights import load_model
+from ifp_mlx.units.modules import compute_dtype, packed_leaves, unit_shape
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
@@ -50,13 +50,11 @@ class ModelOptions:
 
     Attributes:
         shape: name of a built-in shape, or a path to a config.
-        num_kept_units: amounts of FFN units to keep; empty for the shape's own.
+        num_kept_units: amounts of units to keep; empty for the shape's own.
         predictor: name of a built-in predictor, or a path to a config.
         bits: 16 for plain weights, else the bits of quantized ones.
         dtype: name of the floating type.
         checkpoint_path: a real checkpoint in place of random weights.
-        unit_major: lay plain down projections out by units before anything is sliced; None
-            does as ``gather.laid_out_for_slicing`` does on this machine.
     """
 
     shape: str
@@ -65,14 +63,13 @@ class ModelOptions:
     bits: int = 16
     dtype: str = "bfloat16"
     checkpoint_path: Path | None = None
-    unit_major: bool | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in _BITS:
             known = ", ".join(map(str, _BITS))
-            raise UsageError(f"--bits must be one of {known}, not {self.bits}")
+            raise UsageError(f"`bits` must be one of {known}, not {self.bits}")
         if self.dtype not in DTYPES:
-            raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}, not {self.dtype}")
+            raise UsageError(f"`dtype` must be one of {', '.join(DTYPES)}, not {self.dtype}")
 
 
 @contextlib.contextmanager
@@ -112,18 +109,16 @@ def run_latency(
     facts = _facts(options, repeats)
     bandwidth = copy_bandwidth(_COPY_BYTES[facts["machine"]["backend"]], Repeats(9, 3))
     facts |= {"decode_repeats": decode_repeats, "copy_bytes_per_s": bandwidth}
-    source = _source_model(options, dense)
     rows: list[Row] = []
     content = document("latency", facts, rows)
     predictor = None
     for shape in shapes:
-        subjects = Subjects(dense, source)
+        subjects = Subjects(dense)
         if shape.num_kept_units is not None:
-            predictor = predictor or _predictor(options, shape)
+            predictor = predictor or _predictor(options, dense)
             subjects = Subjects(
                 dense,
-                source,
-                build_model(shape.compact().config, DTYPES[options.dtype], options.bits),
+                build_model(shape.compact_config(), DTYPES[options.dtype], options.bits),
                 predictor,
                 shape.num_kept_units,
             )
@@ -151,8 +146,10 @@ def run_slicing(options: ModelOptions, *, repeats: Repeats) -> Document:
     """
     mx.random.seed(SEED)
     shape = _shapes(options)[0]
-    rows = measure_slicing(shape, bits=options.bits, dtype=DTYPES[options.dtype], repeats=repeats)
-    facts = _facts(options, repeats) | {"num_kept_units": shape.num_kept_units}
+    num_kept_units = shape.kept_units()
+    model, options = _load_or_build(options, shape)
+    rows = measure_slicing(model, select_random(model, num_kept_units), repeats=repeats)
+    facts = _facts(options, repeats) | {"num_kept_units": num_kept_units}
     return document("slicing", facts, rows)
 
 
@@ -167,13 +164,11 @@ def run_switching(
     """
     mx.random.seed(SEED)
     shape = _shapes(options)[0]
-    num_kept_units = shape.compact().num_kept_units
-    assert num_kept_units is not None  # else compact() has raised
-    dense, options = _load_or_build(options, shape)
-    source = _source_model(options, dense)
+    num_kept_units = shape.kept_units()
+    model, options = _load_or_build(options, shape)
     rows = measure_switching(
-        source,
-        _predictor(options, shape),
+        model,
+        _predictor(options, model),
         num_kept_units,
         task_counts=sorted(task_counts),
         prompt_tokens=prompt_tokens,
@@ -201,25 +196,17 @@ def _load_or_build(options: ModelOptions, shape: Shape) -> tuple[nn.Module, Mode
     """Return the dense model, and the options with the bits and the type that it really has."""
     if options.checkpoint_path is None:
         return build_model(shape.config, DTYPES[options.dtype], options.bits), options
-    model, _ = checkpoint.load_model(options.checkpoint_path, "auto")
+    model, _ = load_model(options.checkpoint_path, "auto")
     names = {dtype: name for name, dtype in DTYPES.items()}
     dtype = names[compute_dtype(model)]
     return model, dataclasses.replace(options, bits=_bits_of(model), dtype=dtype)
 
 
 def _bits_of(model: nn.Module) -> int:
-    quantized = [m for _, m in model.named_modules() if isinstance(m, nn.QuantizedLinear)]
-    return int(quantized[0].bits) if quantized else 16
+    packings = packed_leaves(model).values()
+    return int(next(iter(packings))["bits"]) if packings else 16
 
 
-def _source_model(options: ModelOptions, dense: nn.Module) -> nn.Module:
-    if options.unit_major is False or is_mixture(dense):
-        return dense
-    source = with_unit_major_downs(dense) if options.unit_major else laid_out_for_slicing(dense)
-    mx.eval(source.parameters())
-    return source
-
-
-def _predictor(options: ModelOptions, shape: Shape) -> Any:
-    config: Mapping[str, Any] = find_predictor_config(options.predictor)
-    return build_predictor(dict(config), shape.num_layers, shape.num_units, DTYPES[options.dtype])
+def _predictor(options: ModelOptions, model: nn.Module) -> SparsityPredictor:
+    config = find_predictor_config(options.predictor)
+    return build_predictor(config, unit_shape(model), DTYPES[options.dtype])

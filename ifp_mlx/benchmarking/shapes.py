@@ -3,27 +3,29 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
 from ifp_mlx.errors import UsageError
 from ifp_mlx.selection.predictor import PredictorHead, SparsityPredictor
+from ifp_mlx.units.families import find_family
+from ifp_mlx.units.kinds import UnitShape
+from ifp_mlx.units.modules import family_of, named_arrays
 
 QUANTIZATION_GROUP_SIZE = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A dense model's ``config.json`` and how many of its FFN units a sub-network keeps.
+    """A dense model's ``config.json`` and how many of its units a sub-network keeps.
 
     Attributes:
         name: shown in tables.
         config: the keys that mlx-lm reads.
-        num_kept_units: K; None for a model that is not sliced (mixtures of experts).
+        num_kept_units: K; None for a model that is not sliced unless the user says how far.
     """
 
     name: str
@@ -31,25 +33,40 @@ class Shape:
     num_kept_units: int | None
 
     @property
-    def num_layers(self) -> int:
-        """L."""
-        return int(self.config["num_hidden_layers"])
-
-    @property
     def num_units(self) -> int:
-        """F."""
-        return int(self.config["intermediate_size"])
+        """F.
 
-    def compact(self) -> "Shape":
-        """Return the dense shape of the sub-network: ``intermediate_size`` is K.
+        Raises:
+            ArchitectureError: a family without units.
+            UsageError: no key of its configuration says how many.
+        """
+        return int(self.config[self._amount_keys()[0]])
+
+    def kept_units(self) -> int:
+        """Return K.
 
         Raises:
             UsageError: this shape is not sliced.
         """
         if self.num_kept_units is None:
-            raise UsageError(f"{self.name} has no amount of units to keep; pass --keep-units")
-        config = {**self.config, "intermediate_size": self.num_kept_units}
-        return Shape(f"{self.name}/{self.num_kept_units}", config, self.num_kept_units)
+            raise UsageError(f"{self.name} has no amount of units to keep; pass `keep_units`")
+        return self.num_kept_units
+
+    def compact_config(self) -> dict[str, Any]:
+        """Return the configuration of a dense model in the sub-network's shape, of K units.
+
+        Raises:
+            ArchitectureError: a family without units.
+            UsageError: this shape is not sliced.
+        """
+        num_kept_units = self.kept_units()
+        return {**self.config, **dict.fromkeys(self._amount_keys(), num_kept_units)}
+
+    def _amount_keys(self) -> tuple[str, ...]:
+        keys = find_family(self.config["model_type"]).kind.config_fields
+        if not keys or not set(keys) <= set(self.config):
+            raise UsageError(f"no key of {self.name}'s config.json says how many units it has")
+        return keys
 
 
 def _llama(**changes: Any) -> dict[str, Any]:
@@ -238,52 +255,35 @@ def build_model(config: dict[str, Any], dtype: mx.Dtype, bits: int = 16) -> nn.M
     model.set_dtype(dtype)
     if bits != 16:
         nn.quantize(model, group_size=QUANTIZATION_GROUP_SIZE, bits=bits)
-    for array in arrays_of(model):
+    for array in named_arrays(model).values():
         mx.eval(array)
     mx.clear_cache()  # of the noise
     return model
 
 
-def build_predictor(
-    config: dict[str, Any], num_layers: int, num_units: int, dtype: mx.Dtype
-) -> SparsityPredictor:
-    """Return a sparsity predictor with random weights for a model of L layers of F units.
+def build_predictor(config: dict[str, Any], shape: UnitShape, dtype: mx.Dtype) -> SparsityPredictor:
+    """Return a sparsity predictor with random weights for a model's units. Evaluates.
 
-    Its expansion is random too, not zero, so that each instruction selects other units. Evaluates.
+    Its expansion is random too, not zero, so that each instruction selects other units.
+
+    Args:
+        config: of the model that reads.
+        shape: of the units that are scored.
+        dtype: of the model that reads.
     """
-    reader = build_model(config, dtype)
-    head = PredictorHead(2 * int(config["hidden_size"]), mx.random.normal((num_layers, num_units)))
+    prior = mx.random.normal((len(shape.layers), shape.num_units))
+    head = PredictorHead(2 * int(config["hidden_size"]), prior)
     head.expand.weight = mx.random.uniform(-0.1, 0.1, head.expand.weight.shape)
     mx.eval(head.parameters())
-    return SparsityPredictor(reader, head)
+    return SparsityPredictor(build_model(config, dtype), head)
+
+
+def random_ids(num_tokens: int, *models: nn.Module) -> list[int]:
+    """Return the ids of some tokens that are in the vocabulary of every one of some models."""
+    vocab_size = min(model.args.vocab_size for model in models)
+    return mx.random.randint(0, vocab_size, (num_tokens,)).tolist()  # type: ignore[return-value]
 
 
 def is_mixture(model: nn.Module) -> bool:
-    """Return whether a model is a mixture of experts, which is not sliced."""
-    return hasattr(model.args, "num_experts")
-
-
-def num_parameters(model: nn.Module) -> int:
-    """Return how many weights a model has; of a quantized layer, how many it stands for."""
-    total = 0
-    for _, module in model.named_modules():
-        bits = getattr(module, "bits", None)
-        for name, array in module.items():
-            if not isinstance(array, mx.array):
-                continue
-            if bits is None:
-                total += array.size
-            elif name == "weight":
-                total += array.size * 32 // bits
-    return total
-
-
-def num_bytes(model: nn.Module) -> int:
-    """Return the bytes of a model's parameters."""
-    return sum(array.nbytes for array in arrays_of(model))
-
-
-def arrays_of(model: nn.Module) -> list[mx.array]:
-    """Return a model's parameters."""
-    named = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
-    return [array for _, array in named]
+    """Return whether a model is a mixture of experts: each token reads some of its weights."""
+    return family_of(model).kind.router is not None

@@ -4,23 +4,22 @@ import dataclasses
 import gc
 import itertools
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ifp_mlx.benchmarking.generation import (
-    first_token,
-    first_token_of,
-    prefill,
-    select_lazily,
-    started_by_layers,
-)
-from ifp_mlx.benchmarking.timing import Repeats, Timing, Work, measure_in_turns
+from ifp_mlx.benchmarking.shapes import random_ids
+from ifp_mlx.benchmarking.stages import cut, first_token
+from ifp_mlx.benchmarking.timing import Repeats, Timing, Work, measure_in_turns, settle
 from ifp_mlx.selection.predictor import SparsityPredictor
 from ifp_mlx.selection.selection import Selection
-from ifp_mlx.slicing.compact import slice_model
-from ifp_mlx.units import ffn
+from ifp_mlx.selection.selectors import NamedSelector, PredictorSelector, select
+from ifp_mlx.selection.spec import SelectorSpec
+from ifp_mlx.units.modules import unit_arrays
+
+_TASK_TOKENS = 48  # of a task's description
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +33,7 @@ class SwitchRow:
         indices: another task of which only the indices are on disk: read, check, slice.
         anew: another task that was never seen: select, slice.
         added_bytes: memory that all tasks together take beyond the dense model.
-        task_bytes: FFN arrays of one compact model.
+        task_bytes: units of one compact model.
     """
 
     num_tasks: int
@@ -65,8 +64,10 @@ def measure_switching(
         prompt_tokens: of the prompt that follows each switch.
         repeats: how often.
     """
-    vocab_size = min(source.args.vocab_size, predictor.reader.args.vocab_size)
-    prompt = mx.random.randint(0, vocab_size, (prompt_tokens,))
+    prompt_ids = random_ids(prompt_tokens, source, predictor.reader)
+    selector = NamedSelector.of_model(
+        PredictorSelector(predictor), SelectorSpec("predictor"), source
+    )
     before = _settled_memory()
     compacts: list[nn.Module] = []
     rows = []
@@ -74,21 +75,20 @@ def measure_switching(
         paths: list[Path] = []
         for count in task_counts:
             while len(compacts) < count:
-                task_ids: list[int] = mx.random.randint(0, vocab_size, (48,)).tolist()  # type: ignore[assignment]
-                selection = select_lazily(predictor, task_ids, num_kept_units)
+                task_ids = random_ids(_TASK_TOKENS, source, predictor.reader)
+                selection = select(selector, task_ids, num_kept_units)
                 paths.append(Path(folder) / f"{len(paths)}.safetensors")
                 selection.save(paths[-1])
-                compacts.append(started_by_layers(slice_model(source, selection)))
-                mx.eval(compacts[-1].parameters())
+                compacts.append(cut(source, selection))
             added_bytes = _settled_memory() - before
-            works = _works(source, predictor, num_kept_units, compacts, paths, prompt)
+            works = _works(source, selector, num_kept_units, compacts, paths, prompt_ids)
             timings = measure_in_turns(works, repeats)
             rows.append(
                 SwitchRow(
                     num_tasks=count,
                     **timings,
                     added_bytes=added_bytes,
-                    task_bytes=sum(array.nbytes for array in ffn.ffn_arrays(compacts[0])),
+                    task_bytes=sum(array.nbytes for array in unit_arrays(compacts[0]).values()),
                 )
             )
     return rows
@@ -97,28 +97,29 @@ def measure_switching(
 def _settled_memory() -> int:
     """Return the active memory when what earlier measurements left behind is gone."""
     gc.collect()
-    mx.synchronize()
+    settle()
     mx.clear_cache()
     return int(mx.get_active_memory())
 
 
 def _works(
     source: nn.Module,
-    predictor: SparsityPredictor,
+    selector: NamedSelector,
     num_kept_units: int,
     compacts: list[nn.Module],
     paths: list[Path],
-    prompt: mx.array,
+    prompt_ids: list[int],
 ) -> dict[str, Work]:
-    tasks = itertools.cycle(range(len(compacts)))
-    task_ids: list[int] = prompt.tolist()  # type: ignore[assignment]
+    # Other tasks than the first, which ``stay`` stays with; of one task, that one.
+    others = itertools.cycle(compacts[1:] or compacts)
+    other_paths = itertools.cycle(paths[1:] or paths)
 
-    def token(model: nn.Module) -> mx.array:
-        return mx.argmax(prefill(model, prompt)[0])
+    def token_of(selection: Selection) -> Iterator[str]:
+        return first_token(cut(source, selection), prompt_ids)
 
     return {
-        "stay": lambda: token(compacts[0]),
-        "resident": lambda: token(compacts[next(tasks)]),
-        "indices": lambda: first_token_of(source, Selection.load(paths[next(tasks)])[0], prompt)[0],
-        "anew": lambda: first_token(source, predictor, task_ids, num_kept_units)[0],
+        "stay": lambda: first_token(compacts[0], prompt_ids),
+        "resident": lambda: first_token(next(others), prompt_ids),
+        "indices": lambda: token_of(Selection.load(next(other_paths))[0]),
+        "anew": lambda: token_of(select(selector, prompt_ids, num_kept_units)),
     }

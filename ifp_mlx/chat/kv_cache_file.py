@@ -6,15 +6,19 @@ sub-network: keys and values of another one would be silently wrong, so they are
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ifp_mlx.chat.kv_cache import KVCache
 from ifp_mlx.errors import CheckpointError, UsageError
 from ifp_mlx.storage.arrays import load_arrays
 from ifp_mlx.storage.files import atomic_path
 from ifp_mlx.storage.tensor_files import read_header
+
+logger = logging.getLogger(__name__)
 
 _FORMAT = "ifp-kv-cache-1"
 _CLASSES = frozenset({"KVCache", "RotatingKVCache", "QuantizedKVCache"})
@@ -27,9 +31,9 @@ def check_kv_path(path: Path) -> None:
         UsageError: it is not in a folder that can be written, or does not end in ``.safetensors``.
     """
     if path.suffix != ".safetensors":
-        raise UsageError(f"--prompt-cache-file {path} must end in .safetensors")
+        raise UsageError(f"`prompt_cache_file` {path} must end in .safetensors")
     if path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
-        raise UsageError(f"--prompt-cache-file {path} cannot be written there")
+        raise UsageError(f"`prompt_cache_file` {path} cannot be written there")
 
 
 class KVCacheFile:
@@ -49,11 +53,8 @@ class KVCacheFile:
         text = json.dumps(identity, sort_keys=True)
         self._identity = hashlib.sha256(text.encode()).hexdigest()
 
-    def load(self, on_warning: Callable[[str], None]) -> tuple[list[Any], list[int]] | None:
-        """Return the KV cache and the token ids that it holds; None if there is nothing to use.
-
-        Args:
-            on_warning: called with a line if the file is of another sub-network.
+    def load(self) -> KVCache | None:
+        """Return the KV cache; None if there is nothing to use, which is logged.
 
         Raises:
             UsageError: the file is damaged, or is something else: it is not written over.
@@ -72,16 +73,15 @@ class KVCacheFile:
             IndexError,
         ) as error:
             raise UsageError(
-                f"{self.path} is damaged or no file of --prompt-cache-file; delete it or name "
-                "another one"
+                f"{self.path} is damaged or no `prompt_cache_file`; delete it or name another one"
             ) from error
         if metadata["identity"] != self._identity:
-            on_warning(f"{self.path} belongs to another sub-network; reading the prompt anew")
+            logger.warning("%s belongs to another sub-network; reading the prompt anew", self.path)
             return None
-        return cache, json.loads(metadata["token_ids"])
+        return KVCache(cache, json.loads(metadata["token_ids"]))
 
-    def save(self, kv_cache: Sequence[Any], token_ids: Sequence[int]) -> None:
-        """Write the keys and values of ``token_ids``, whole or not at all, for its owner alone.
+    def save(self, kv_cache: KVCache) -> None:
+        """Write keys and values, whole or not at all, for their owner alone.
 
         Raises:
             ResourceError: the disk is full or the folder cannot be written.
@@ -91,11 +91,11 @@ class KVCacheFile:
         metadata = {
             "format": _FORMAT,
             "identity": self._identity,
-            "token_ids": json.dumps(list(token_ids)),
+            "token_ids": json.dumps(kv_cache.token_ids),
         }
         with atomic_path(self.path, mode=0o600) as temporary:
             try:
-                save_prompt_cache(str(temporary), list(kv_cache), metadata)
+                save_prompt_cache(str(temporary), kv_cache.layers, metadata)
             except RuntimeError as error:  # mlx reports a failed write so
                 raise OSError(str(error)) from error
 

@@ -89,7 +89,7 @@ class Session:
         """
         path = session_path(folder, name or _timestamp_name(folder))
         if name is not None and path.exists():
-            raise UsageError(f"a session {name!r} exists already; /load {name} continues it")
+            raise UsageError(f"a session {name!r} exists already; choose another name")
         return cls(path, settings, recorded=recorded)
 
     @classmethod
@@ -101,7 +101,7 @@ class Session:
         """
         path = session_path(folder, name)
         if not path.is_file():
-            raise SessionError(f"there is no session {name!r}; /sessions lists them")
+            raise SessionError(f"there is no session {name!r}")
         session = cls(path, SessionSettings(model=""))
         # Locked before it is read: what another chat appends meanwhile would be missed.
         session._open()

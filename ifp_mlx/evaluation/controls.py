@@ -5,18 +5,15 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
 from ifp_mlx.errors import UsageError
 from ifp_mlx.evaluation.quality import HeldOutExample
-from ifp_mlx.selection.calibration import Calibration
-from ifp_mlx.selection.masks import top_k_indices
-from ifp_mlx.selection.selection import Selection, Selector
-from ifp_mlx.units import ffn
+from ifp_mlx.selection.selectors import NamedSelector
+from ifp_mlx.selection.top_k import top_k_indices
 
-Instruction = tuple[Selector, tuple[int, ...]]
+Instruction = tuple[NamedSelector, tuple[int, ...]]
 """What selects for an example: a selector, and the token ids that it reads."""
 
 
@@ -45,11 +42,10 @@ class UnitMasks:
     def _positions(self) -> dict[HeldOutExample, int]:
         return {example: index for index, example in enumerate(self.examples)}
 
-    def selection(self, example: HeldOutExample, selector: str) -> Selection:
-        """Return the units of one of the examples as a selection that can be sliced."""
+    def indices_of(self, example: HeldOutExample) -> mx.array:
+        """Return the (L, K) int32 units of one of the examples."""
         kept = self.of(example)
-        indices = np.nonzero(kept)[1].reshape(kept.shape[0], -1)
-        return Selection(mx.array(indices.astype(np.int32)), kept.shape[1], selector)
+        return mx.array(np.nonzero(kept)[1].reshape(kept.shape[0], -1).astype(np.int32))
 
     def fixed(self) -> "UnitMasks":
         """Return the mean mask for every example: the K units a layer that most of them keep.
@@ -59,7 +55,7 @@ class UnitMasks:
         frequency = mx.array(self.kept.astype(np.float32).mean(axis=0))  # (L, F)
         num_kept_units = int(self.kept[0, 0].sum())
         mean = _mask(frequency, [num_kept_units])[0]
-        return UnitMasks(self.examples, np.broadcast_to(mean, self.kept.shape))
+        return dataclasses.replace(self, kept=np.broadcast_to(mean, self.kept.shape))
 
     def shuffled(self, seed: int = 0) -> "UnitMasks":
         """Return a mask of an example of another domain for every example.
@@ -75,7 +71,7 @@ class UnitMasks:
             if not others.size:
                 raise UsageError("shuffled masks need text of at least two domains")
             givers.append(int(rng.choice(others)))
-        return UnitMasks(self.examples, self.kept[givers])
+        return dataclasses.replace(self, kept=self.kept[givers])
 
 
 def unit_masks(
@@ -101,44 +97,16 @@ def unit_masks(
     known: dict[tuple[str, tuple[int, ...]], list[npt.NDArray[np.bool_]]] = {}
     rows: list[list[npt.NDArray[np.bool_]]] = []
     for number, example in enumerate(examples, start=1):
-        selector, token_ids = instruction(example)
-        key = (selector.name, token_ids)
+        named, token_ids = instruction(example)
+        key = (str(named.spec), token_ids)
         if key not in known:
-            known[key] = _mask(selector.scores(token_ids), kept_units)
+            known[key] = _mask(named.selector.scores(token_ids), kept_units)
         rows.append(known[key])
         progress(number, len(examples))
     return {
         num_kept: UnitMasks(examples, np.stack([row[index] for row in rows]))
         for index, num_kept in enumerate(kept_units)
     }
-
-
-class CompensatedDown(ffn.MaskedDown):
-    """A masked down projection to which removed units still contribute their mean.
-
-    The same as ``slice_model``'s bias: ``down(m * a + (1 - m) * mean)`` is
-    ``down(m * a) + W_down @ ((1 - m) * mean)``, with another mask for each sample.
-    """
-
-    def __init__(self, down: nn.Module, mean_activation: mx.array):
-        super().__init__(down)
-        self._mean_activation = mean_activation  # (F,)
-
-    def __call__(self, activations: mx.array) -> mx.array:
-        """Map (B, T, F) unit activations to (B, T, D)."""
-        mask = self._mask
-        if mask is None:
-            return self.down(activations)  # type: ignore[no-any-return]
-        mask = (mask if mask.ndim == 1 else mask[:, None, :]).astype(activations.dtype)
-        mean = self._mean_activation.astype(activations.dtype)
-        return self.down(mask * activations + (1 - mask) * mean)  # type: ignore[no-any-return]
-
-
-def with_compensated_masks(model: nn.Module, calibration: Calibration) -> nn.Module:
-    """Return a copy of ``model``, sharing its arrays, with masks that compensate."""
-    return ffn.with_wrapped_down(
-        model, lambda layer, down: CompensatedDown(down, calibration.mean_activation[layer])
-    )
 
 
 def _mask(scores: mx.array, amounts: Sequence[int]) -> list[npt.NDArray[np.bool_]]:

@@ -17,7 +17,8 @@ from mlx_lm.generate import generate_step
 
 from ifp_mlx.errors import DataError
 from ifp_mlx.evaluation.quality import MAX_PROMPT_TOKENS, HeldOutExample
-from ifp_mlx.text.examples import ChatTokenizer, chat_ids, domain_of
+from ifp_mlx.storage.tokenizer import ChatTokenizer, chat_ids
+from ifp_mlx.text.examples import domain_of
 from ifp_mlx.text.records import BadLines, is_usable_text, read_records
 
 _NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\w])|-?\.\d+")

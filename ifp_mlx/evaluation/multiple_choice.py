@@ -17,7 +17,8 @@ import numpy as np
 from ifp_mlx.errors import DataError
 from ifp_mlx.evaluation.controls import UnitMasks
 from ifp_mlx.evaluation.quality import MAX_PROMPT_TOKENS, HeldOutExample, evaluate
-from ifp_mlx.text.examples import ChatTokenizer, chat_ids, domain_of
+from ifp_mlx.storage.tokenizer import ChatTokenizer, chat_ids
+from ifp_mlx.text.examples import domain_of
 from ifp_mlx.text.records import BadLines, is_usable_text, read_records
 
 _OPTION = re.compile(r"(?:(?<=\s)|^)(?:\(([A-Z])\)|(?:- )?([A-Z]):)\s", re.MULTILINE)

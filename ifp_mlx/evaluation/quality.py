@@ -12,7 +12,8 @@ import numpy as np
 
 from ifp_mlx.errors import DataError
 from ifp_mlx.selection.predictor import pad_right
-from ifp_mlx.text.examples import ChatTokenizer, chat_ids, domain_of
+from ifp_mlx.storage.tokenizer import ChatTokenizer, chat_ids
+from ifp_mlx.text.examples import domain_of
 from ifp_mlx.text.records import (
     BadLines,
     check_document,
@@ -20,7 +21,8 @@ from ifp_mlx.text.records import (
     read_records,
 )
 from ifp_mlx.training.losses import output_logits
-from ifp_mlx.units import ffn
+from ifp_mlx.units.masks import set_unit_masks
+from ifp_mlx.units.modules import trunk
 
 DOCUMENT_PREFIX = "lm_"
 """Files of documents are named so; the others hold prompts and responses."""
@@ -157,7 +159,7 @@ def evaluate(
     """Return the quality of a masked model, by domain. Evaluates.
 
     Args:
-        model: made by ``ffn.with_unit_masks``, or a plain model if ``masks`` gives None.
+        model: made by ``with_unit_masks``, or a plain model if ``masks`` gives None.
         examples: of any domains.
         masks: called once a batch with its examples.
         reference: the dense model to compare with, for KL and top-1 agreement.
@@ -172,7 +174,7 @@ def evaluate(
         start += len(batch)
         batch_masks = masks(batch)
         if batch_masks is not None:
-            ffn.set_unit_masks(model, batch_masks)
+            set_unit_masks(model, batch_masks)
         for example, figures in zip(batch, _score(model, batch, reference), strict=True):
             total = sums.setdefault(example.domain, np.zeros(5))
             total += figures
@@ -230,7 +232,7 @@ def _log_probabilities(
     model: nn.Module, ids: mx.array, positions: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]"
 ) -> mx.array:
     """Return the (N, V) float32 log probabilities at flat positions of a batch."""
-    hidden = model.model(ids)
+    hidden = trunk(model)(ids)
     picked = hidden.reshape(-1, hidden.shape[-1])[mx.array(positions.astype(np.int32))]
     logits = output_logits(model, picked).astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)

@@ -1,15 +1,15 @@
 """What one row of a quality table measures: which units, how many, chosen from what.
 
 A row is written ``SELECTOR[:ARGUMENT][+CHANGE]...[@KEEP]``: ``blend@0.5``,
-``static:math+compensate@768``, ``predictor+task@512``, ``dense``.
+``static:math+adapted@768``, ``predictor+task@512``, ``dense``.
 """
 
 import dataclasses
 import re
 
 from ifp_mlx.errors import UsageError
-from ifp_mlx.subnets.selector_choice import READING_SELECTORS
-from ifp_mlx.units.amounts import check_keep_units, round_keep_ratio
+from ifp_mlx.subnets.selectors import SELECTORS as MODEL_SELECTORS
+from ifp_mlx.units.amounts import Amounts
 
 SELECTORS: dict[str, str] = {
     "dense": "all units",
@@ -25,7 +25,6 @@ CHANGES: dict[str, str] = {
     "task": "the domain's task description selects, once for all its texts",
     "fixed": "control: the mean of all texts' masks, for every text",
     "shuffled": "control: each text gets the mask of a text of another domain",
-    "compensate": "removed units contribute their calibrated mean",
     "adapted": "cut from the adapter's weights; always so for predictor rows",
 }
 
@@ -44,7 +43,6 @@ class Row:
         argument: the task of ``static``, the prior's share of ``blend``, the seed of ``random``.
         per_task: the domain's description selects instead of each prompt.
         control: ``fixed`` or ``shuffled``, or None.
-        compensate: removed units contribute their calibrated mean.
         adapted: the units are those of the adapter's weights.
     """
 
@@ -53,7 +51,6 @@ class Row:
     argument: str | None = None
     per_task: bool = False
     control: str | None = None
-    compensate: bool = False
     adapted: bool = False
 
     @property
@@ -68,7 +65,6 @@ class Row:
         changes = [
             *(["task"] if self.per_task else []),
             *([self.control] if self.control else []),
-            *(["compensate"] if self.compensate else []),
             *(["adapted"] if self.adapted and self.selector != "predictor" else []),
         ]
         argument = f":{self.argument}" if self.argument else ""
@@ -77,15 +73,15 @@ class Row:
     @property
     def reads_input(self) -> bool:
         """Whether each text, or its task's description, selects."""
-        return self.selector in READING_SELECTORS
+        return _reads(self.selector)
 
 
-def parse_row(text: str, num_units: int, default_num_kept_units: int) -> Row:
+def parse_row(text: str, amounts: Amounts, default_num_kept_units: int) -> Row:
     """Return the row that a text describes.
 
     Args:
         text: see the module's docstring. KEEP is a share up to 1, or a number of units above it.
-        num_units: F.
+        amounts: of units that can be kept.
         default_num_kept_units: K where the text does not say.
 
     Raises:
@@ -109,19 +105,18 @@ def parse_row(text: str, num_units: int, default_num_kept_units: int) -> Row:
         raise UsageError(f"row {text!r}: fixed and shuffled exclude each other")
     if selector == "dense" and (match["keep"] or set(changes) - {"adapted"}):
         raise UsageError(f"row {text!r}: dense keeps every unit; only +adapted goes with it")
-    if "task" in changes and selector not in READING_SELECTORS:
+    if "task" in changes and not _reads(selector):
         raise UsageError(f"row {text!r}: {selector} does not read its input; leave out +task")
     return Row(
         selector=selector,
         num_kept_units=(
-            num_units
+            amounts.num_units
             if selector == "dense"
-            else _num_kept_units(match["keep"], num_units, default_num_kept_units)
+            else _num_kept_units(match["keep"], amounts, default_num_kept_units)
         ),
         argument=argument,
         per_task="task" in changes,
         control=controls[0] if controls else None,
-        compensate="compensate" in changes,
         adapted="adapted" in changes or selector == "predictor",
     )
 
@@ -129,7 +124,7 @@ def parse_row(text: str, num_units: int, default_num_kept_units: int) -> Row:
 def _check_argument(text: str, selector: str, argument: str | None) -> None:
     if argument is None:
         return
-    if selector not in ("static", "blend", "random"):
+    if selector not in ("static", "blend", "random", "prompt"):
         raise UsageError(f"row {text!r}: {selector} takes no argument")
     if selector == "random" and not argument.isdigit():
         raise UsageError(f"row {text!r}: the seed must be a whole number")
@@ -142,7 +137,11 @@ def _check_argument(text: str, selector: str, argument: str | None) -> None:
             raise UsageError(f"row {text!r}: the prior's share must be from 0 to 1")
 
 
-def _num_kept_units(keep: str | None, num_units: int, default: int) -> int:
+def _reads(selector: str) -> bool:
+    return selector in MODEL_SELECTORS and MODEL_SELECTORS[selector].reads
+
+
+def _num_kept_units(keep: str | None, amounts: Amounts, default: int) -> int:
     if keep is None:
         return default
     try:
@@ -150,10 +149,10 @@ def _num_kept_units(keep: str | None, num_units: int, default: int) -> int:
     except ValueError:
         raise UsageError(f"@{keep} is no amount of units; write @0.5 or @768") from None
     if amount <= 1.0:
-        return round_keep_ratio(amount, num_units)
+        return amounts.nearest(amount)
     if amount != int(amount):
         raise UsageError(f"@{keep} is no amount of units; write @0.5 or @768")
-    return check_keep_units(int(amount), num_units)
+    return amounts.check(int(amount))
 
 
 def _names(known: dict[str, str]) -> str:

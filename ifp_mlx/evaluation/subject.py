@@ -9,28 +9,17 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ifp_mlx.errors import UsageError
-from ifp_mlx.evaluation.controls import (
-    Instruction,
-    UnitMasks,
-    unit_masks,
-    with_compensated_masks,
-)
+from ifp_mlx.evaluation.controls import Instruction, UnitMasks, unit_masks
 from ifp_mlx.evaluation.quality import DOCUMENT_PREFIX, HeldOutExample
 from ifp_mlx.evaluation.rows import Row
-from ifp_mlx.selection.calibration import Calibration
-from ifp_mlx.selection.predictor import SparsityPredictor
-from ifp_mlx.selection.selection import (
-    DEFAULT_PRIOR_WEIGHT,
-    BlendSelector,
-    PredictorSelector,
-    PromptSelector,
-    RandomSelector,
-    Selector,
-    StaticSelector,
-)
+from ifp_mlx.selection.selection import Pick, Selection
+from ifp_mlx.selection.selectors import NamedSelector
+from ifp_mlx.selection.spec import SelectorSpec
 from ifp_mlx.slicing.compact import slice_model
-from ifp_mlx.text.examples import ChatTokenizer, chat_ids
-from ifp_mlx.units import ffn
+from ifp_mlx.storage.tokenizer import ChatTokenizer, chat_ids
+from ifp_mlx.subnets.selectors import SELECTORS, SelectorFiles, make_selector
+from ifp_mlx.units.masks import with_unit_masks
+from ifp_mlx.units.modules import family_of, unit_shape
 
 if TYPE_CHECKING:
     from ifp_mlx.assistant import Assistant
@@ -47,39 +36,33 @@ class Subject:
     Attributes:
         model: the dense base model.
         tokenizer: of the model.
-        calibration: the calibrated prior, if there is one.
-        predictor: an adapter's, if there is one.
+        files: what selectors are made from.
         adapted_model: the base model with the adapter's changes, if there is an adapter.
         task_descriptions: domain -> the description that selects for it, for ``+task`` rows.
     """
 
     model: nn.Module
     tokenizer: ChatTokenizer
-    calibration: Calibration | None = None
-    predictor: SparsityPredictor | None = None
+    files: SelectorFiles = dataclasses.field(default_factory=SelectorFiles)
     adapted_model: nn.Module | None = None
     task_descriptions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, assistant: "Assistant", task_descriptions: Mapping[str, str]) -> "Subject":
         """Return what an assistant answers with, to be measured."""
-        model = assistant.dense().model
-        adapter = assistant.adapter
+        model, files = assistant.dense().model, assistant.files.for_selectors
         return cls(
             model=model,
             tokenizer=assistant.tokenizer,
-            calibration=assistant.calibration,
-            predictor=(
-                adapter.predictor(model) if adapter is not None and adapter.has_predictor else None
-            ),
-            adapted_model=None if adapter is None else adapter.apply(model),
+            files=files,
+            adapted_model=None if files.adapter is None else files.adapter.apply(model),
             task_descriptions=task_descriptions,
         )
 
     @property
     def num_units(self) -> int:
         """F."""
-        return ffn.num_units(self.model)
+        return unit_shape(self.model).num_units
 
     def check(self, row: Row, domains: Iterable[str] = ()) -> None:
         """Refuse a row that cannot be measured here, before anything is.
@@ -87,37 +70,36 @@ class Subject:
         Raises:
             UsageError: it needs a calibration, an adapter or a description that is not there.
         """
-        needs_calibration = row.compensate or row.selector in ("static", "domain", "blend")
-        if needs_calibration and self.calibration is None:
+        needs = "calibration" if row.selector == "domain" else None
+        if row.selector in SELECTORS:
+            needs = SELECTORS[row.selector].needs
+        if needs == "calibration" and self.files.calibration is None:
             raise UsageError(f"row {row.label!r} needs a calibration; ifp calibrate makes one")
-        if row.selector == "predictor" and self.predictor is None:
-            raise UsageError(f"row {row.label!r} needs an adapter with a predictor: --adapter DIR")
+        if needs == "adapter" and self.files.predictor_fingerprint is None:
+            raise UsageError(f"row {row.label!r} needs an adapter with a predictor: `adapter`")
         if row.adapted and self.adapted_model is None:
-            raise UsageError(f"row {row.label!r} needs an adapter: --adapter DIR")
+            raise UsageError(f"row {row.label!r} needs an adapter: `adapter`")
         if row.per_task:
             missing = sorted(set(domains) - set(self.task_descriptions))
             if missing:
                 raise UsageError(
                     f"row {row.label!r} needs a task description of {', '.join(missing)}: "
-                    "--tasks FILE, JSON from domain to description"
+                    "`tasks`, JSON from domain to description"
                 )
         if row.selector in ("static", "random"):
-            self._selector(row).scores(())  # an unknown task is refused now
+            self._selector(row)  # an unknown task is refused now
 
     def dense_model(self, row: Row) -> nn.Module:
         """Return the dense model whose units a row chooses from."""
         if not row.adapted:
             return self.model
         if self.adapted_model is None:
-            raise UsageError(f"row {row.label!r} needs an adapter: --adapter DIR")
+            raise UsageError(f"row {row.label!r} needs an adapter: `adapter`")
         return self.adapted_model
 
     def masked_model(self, row: Row) -> nn.Module:
         """Return the model that the row's masks are set on."""
-        dense = self.dense_model(row)
-        if row.compensate and self.calibration is not None:
-            return with_compensated_masks(dense, self.calibration)
-        return ffn.with_unit_masks(dense)
+        return with_unit_masks(self.dense_model(row))
 
     def compact_model(
         self, row: Row, masks: UnitMasks | None, example: HeldOutExample
@@ -126,9 +108,10 @@ class Subject:
         dense = self.dense_model(row)
         if masks is None:
             return dense
-        compensation = self.calibration if row.compensate else None
-        selection = masks.selection(example, row.name)
-        compact = slice_model(dense, selection, compensation=compensation)
+        shape = unit_shape(dense)
+        kind = family_of(dense).kind.name
+        pick = Pick(kind, shape.layers, masks.indices_of(example), shape.num_units)
+        compact = slice_model(dense, Selection((pick,), SelectorSpec(row.selector, row.argument)))
         mx.eval(compact.parameters())
         return compact
 
@@ -140,7 +123,7 @@ class Subject:
     ) -> dict[Row, UnitMasks | None]:
         """Return the masks of each row, None for dense ones. Evaluates.
 
-        Rows that differ in K, control, compensation or weights share their selector's scores.
+        Rows that differ in K, control or weights share their selector's scores.
         """
         kinds: dict[tuple[str, str | None, bool], list[Row]] = {}
         result: dict[Row, UnitMasks | None] = {}
@@ -170,33 +153,22 @@ class Subject:
         """Return what selects for an example in this row."""
         if row.selector == "domain":
             return self._domain_prior
-        selector = self._selector(row)
+        named = self._selector(row)
         if row.per_task:
             descriptions = {
                 domain: tuple(chat_ids(self.tokenizer, [{"role": "user", "content": text}]))
                 for domain, text in self.task_descriptions.items()
             }
-            return lambda example: (selector, descriptions[example.domain])
+            return lambda example: (named, descriptions[example.domain])
         if row.reads_input:
-            return lambda example: (selector, example.prompt_ids)
-        return lambda example: (selector, ())
+            return lambda example: (named, example.prompt_ids)
+        return lambda example: (named, ())
 
     def _domain_prior(self, example: HeldOutExample) -> Instruction:
-        assert self.calibration is not None
+        assert self.files.calibration is not None
         task = example.domain.removeprefix(DOCUMENT_PREFIX)
-        known = task if task in self.calibration.tasks else None
-        return StaticSelector(self.calibration, known), ()
+        known = task if task in self.files.calibration.tasks else None
+        return make_selector(SelectorSpec("static", known), self.model, self.files), ()
 
-    def _selector(self, row: Row) -> Selector:
-        if row.selector == "prompt":
-            return PromptSelector(self.model)
-        if row.selector == "random":
-            layers = len(ffn.ffn_modules(self.model))
-            return RandomSelector(layers, self.num_units, seed=int(row.argument or 0))
-        if row.selector == "predictor" and self.predictor is not None:
-            return PredictorSelector(self.predictor)
-        assert self.calibration is not None
-        if row.selector == "static":
-            return StaticSelector(self.calibration, row.argument)
-        weight = DEFAULT_PRIOR_WEIGHT if row.argument is None else float(row.argument)
-        return BlendSelector(self.model, self.calibration, weight)
+    def _selector(self, row: Row) -> NamedSelector:
+        return make_selector(SelectorSpec(row.selector, row.argument), self.model, self.files)

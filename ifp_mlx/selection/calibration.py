@@ -1,4 +1,4 @@
-"""What a model's FFN units do on ordinary text: the prior of every selector."""
+"""What a model's units do on ordinary text: the prior of every selector."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -9,10 +9,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ifp_mlx.errors import DataError, SelectionError
+from ifp_mlx.selection.statistics import statistics_of
 from ifp_mlx.storage.arrays import load_arrays, save_arrays
-from ifp_mlx.units import ffn
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = "2"
+
+_READABLE_VERSIONS = ("1", "2")  # of version 1 the mean activations are passed over
 _TASK_PREFIX = "task."
 
 
@@ -31,18 +33,17 @@ class CalibrationExample:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """Statistics of FFN units over a calibration set.
+    """Statistics of a model's units over a calibration set.
 
     Attributes:
-        importance: (L, F) float32, ``||Z_i||_2 * ||down_proj[:, i]||_2`` a token (root mean
-            square), the mean over tasks where tasks are named, so that none dominates by size.
-        mean_activation: (L, F) float32, the mean of unit i's activation, for bias compensation.
+        importance: (L, F) float32, what counts for any text. Of FFN units ``||Z_i||_2 *
+            ||down_proj[:, i]||_2`` a token (root mean square), the mean over tasks where tasks are
+            named, so that none dominates by size; of experts the mean norm of their outputs.
         tasks: name -> (L, F) float32 importance on that task's text alone.
         num_tokens: how many tokens were seen.
     """
 
     importance: mx.array
-    mean_activation: mx.array
     tasks: dict[str, mx.array]
     num_tokens: int
 
@@ -60,9 +61,9 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, whole or not at all; half precision, which keeps the order."""
-        arrays = {"mean_activation": self.mean_activation, "importance": self.importance}
+        arrays = {"importance": self.importance}
         arrays |= {_TASK_PREFIX + name: values for name, values in self.tasks.items()}
-        header = {"format_version": str(FORMAT_VERSION), "num_tokens": str(self.num_tokens)}
+        header = {"format_version": FORMAT_VERSION, "num_tokens": str(self.num_tokens)}
         halves = {name: values.astype(mx.float16) for name, values in arrays.items()}
         save_arrays(path, halves, header)
 
@@ -75,12 +76,11 @@ class Calibration:
         """
         try:
             arrays, metadata = load_arrays(path)
-            if metadata.get("format_version") != str(FORMAT_VERSION):
+            if metadata.get("format_version") not in _READABLE_VERSIONS:
                 raise SelectionError(f"{path} has another format; run ifp calibrate again")
             floats = {name: values.astype(mx.float32) for name, values in arrays.items()}
             return cls(
                 importance=floats["importance"],
-                mean_activation=floats["mean_activation"],
                 tasks={
                     name.removeprefix(_TASK_PREFIX): values
                     for name, values in floats.items()
@@ -92,20 +92,13 @@ class Calibration:
             raise SelectionError(f"{path} is not a calibration file: {error}") from error
 
 
-@dataclasses.dataclass
-class _Sums:
-    squares: mx.array  # (L, F)
-    values: mx.array  # (L, F)
-    num_tokens: int = 0
-
-
 def calibrate(
     model: nn.Module,
     examples: Iterable[CalibrationExample],
     *,
     on_example: Callable[[int], Any] = lambda num_tokens: None,
 ) -> Calibration:
-    """Measure every FFN unit on a stream of text, one forward pass an example. Evaluates.
+    """Measure every unit on a stream of text, one forward pass an example. Evaluates.
 
     Args:
         model: the dense mlx-lm model.
@@ -114,59 +107,25 @@ def calibrate(
 
     Raises:
         DataError: there was no text.
-
-    Source: Wanda (Sun et al. 2023) scores a weight by |W| * ||X||; summed over a unit's output
-    column this is the norm product used here. FLAP (An et al. 2024) gives the mean activation.
     """
-    shape = (len(ffn.ffn_modules(model)), ffn.num_units(model))
-    collected: list[tuple[mx.array, mx.array]] = []
-
-    def observe(activations: mx.array) -> None:
-        units = activations.reshape(-1, activations.shape[-1]).astype(mx.float32)  # (B*T, F)
-        collected.append(((units * units).sum(axis=0), units.sum(axis=0)))
-        mx.async_eval(collected[-1])  # so that a layer's activations are not kept to the end
-
-    observed = ffn.with_wrapped_down(model, lambda _, down: ffn.ObservedDown(down, observe))
-    sums: dict[str | None, _Sums] = {}
+    statistics = statistics_of(model)
+    of_tasks: dict[str | None, Any] = {}
+    num_tokens = 0
     for example in examples:
         if not example.token_ids:
             continue
-        collected.clear()
-        observed.model(mx.array([list(example.token_ids)]), None)
-        total = sums.setdefault(example.task, _Sums(mx.zeros(shape), mx.zeros(shape)))
-        total.squares = total.squares + mx.stack([squares for squares, _ in collected])
-        total.values = total.values + mx.stack([values for _, values in collected])
-        total.num_tokens += len(example.token_ids)
-        mx.eval(total.squares, total.values)
+        if example.task not in of_tasks:
+            of_tasks[example.task] = statistics(model)
+        of_tasks[example.task].read(example.token_ids)
+        num_tokens += len(example.token_ids)
         on_example(len(example.token_ids))
-    if not sums:
+    if not of_tasks:
         raise DataError("no text to calibrate on: the data holds no example with text")
-    return _summarise(model, sums)
-
-
-def _summarise(model: nn.Module, sums: dict[str | None, _Sums]) -> Calibration:
-    norms = down_column_norms(model)  # (L, F)
-    importance = {
-        task: mx.sqrt(total.squares / total.num_tokens) * norms for task, total in sums.items()
-    }
-    means = [total.values / total.num_tokens for total in sums.values()]
     calibration = Calibration(
-        importance=mx.stack(list(importance.values())).mean(axis=0),
-        mean_activation=mx.stack(means).mean(axis=0),
-        tasks={task: values for task, values in importance.items() if task is not None},
-        num_tokens=sum(total.num_tokens for total in sums.values()),
+        importance=statistics.prior(list(of_tasks.values())),
+        tasks={task: of.importance() for task, of in of_tasks.items() if task is not None},
+        num_tokens=num_tokens,
     )
     if not mx.isfinite(calibration.importance).all().item():
         raise DataError("the model's activations are not finite on this text; check its weights")
     return calibration
-
-
-def down_column_norms(model: nn.Module) -> mx.array:
-    """Return (L, F) float32: the L2 norm of each unit's column of the down projection."""
-    down = ffn.ffn_layout(model.args.model_type).down
-    return mx.stack(
-        [
-            mx.linalg.norm(ffn.dense_weight(module[down]).astype(mx.float32), axis=0)
-            for module in ffn.ffn_modules(model)
-        ]
-    )

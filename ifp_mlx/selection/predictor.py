@@ -8,7 +8,8 @@ import mlx.nn as nn
 import numpy as np
 
 from ifp_mlx.errors import UsageError
-from ifp_mlx.selection.masks import standardised
+from ifp_mlx.selection.top_k import standardised
+from ifp_mlx.units.modules import trunk
 
 HEAD_TOKENS = 256
 """How many tokens at the start of an instruction the predictor reads."""
@@ -86,14 +87,10 @@ class SparsityPredictor:
     Attributes:
         reader: an mlx-lm model; only its trunk is used, not the logits.
         head: from features to scores.
-        name: shown as the selector's name.
-        version: goes into cache keys; changes with the weights.
     """
 
     reader: nn.Module
     head: PredictorHead
-    name: str = "predictor"
-    version: str = "1"
 
     def features(self, token_ids: mx.array, lengths: mx.array) -> mx.array:
         """Return the (B, 2 D) float32 features of right-padded instructions.
@@ -130,7 +127,7 @@ def reader_features(reader: nn.Module, token_ids: mx.array, lengths: mx.array) -
     The last layer's normed hidden state of the final token is the paper's feature; the mean adds
     what a causal model forgets on the way there, raw documents above all.
     """
-    hidden = reader.model(token_ids, None).astype(mx.float32)  # (B, T, D)
+    hidden = trunk(reader)(token_ids, None).astype(mx.float32)  # (B, T, D)
     positions = mx.arange(token_ids.shape[1])
     inside = (positions < lengths[:, None]).astype(mx.float32)[..., None]  # (B, T, 1)
     mean = (hidden * inside).sum(axis=1) / lengths[:, None]

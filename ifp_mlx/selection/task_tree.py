@@ -1,4 +1,4 @@
-"""Families of tasks: descriptions whose sub-networks keep much the same units."""
+"""Groups of tasks: descriptions whose sub-networks keep much the same units."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -13,21 +13,21 @@ Overlaps = npt.NDArray[np.float64]
 
 
 @dataclasses.dataclass(frozen=True)
-class Family:
+class TaskGroup:
     """A node of the tree of tasks.
 
     Attributes:
         members: indices of the tasks below, in the order of the leaves.
         overlap: mean overlap between its two parts' tasks; 1 for a single task.
-        parts: the two families that were joined; none for a single task.
+        parts: the two groups that were joined; none for a single task.
     """
 
     members: tuple[int, ...]
     overlap: float = 1.0
-    parts: tuple["Family", ...] = ()
+    parts: tuple["TaskGroup", ...] = ()
 
-    def split(self, threshold: float) -> Iterator["Family"]:
-        """Yield the largest families below whose parts overlap by at least ``threshold``."""
+    def split(self, threshold: float) -> Iterator["TaskGroup"]:
+        """Yield the largest groups below whose parts overlap by at least ``threshold``."""
         if self.overlap >= threshold:
             yield self
             return
@@ -49,28 +49,28 @@ def overlap_matrix(selections: Sequence[Selection]) -> Overlaps:
     return matrix
 
 
-def family_tree(overlaps: Overlaps) -> Family:
-    """Return the tree that joins, again and again, the two families with the most in common.
+def task_tree(overlaps: Overlaps) -> TaskGroup:
+    """Return the tree that joins, again and again, the two groups with the most in common.
 
     Args:
         overlaps: (N, N) symmetric, N >= 1.
 
     Source: average linkage (UPGMA; Sokal and Michener 1958), with overlap for similarity.
     """
-    families = [Family((index,)) for index in range(len(overlaps))]
-    while len(families) > 1:
+    groups = [TaskGroup((index,)) for index in range(len(overlaps))]
+    while len(groups) > 1:
         pairs = [
             (_mean_overlap(overlaps, one, other), -first, -second)
-            for first, one in enumerate(families)
-            for second, other in enumerate(families[:first])
+            for first, one in enumerate(groups)
+            for second, other in enumerate(groups[:first])
         ]
         overlap, first, second = max(pairs)  # ties: the earliest pair
-        one, other = families[-second], families[-first]
-        joined = Family((*one.members, *other.members), overlap, (one, other))
-        families = [family for family in families if family not in (one, other)]
-        families.insert(-second, joined)
-    return families[0]
+        one, other = groups[-second], groups[-first]
+        joined = TaskGroup((*one.members, *other.members), overlap, (one, other))
+        groups = [group for group in groups if group not in (one, other)]
+        groups.insert(-second, joined)
+    return groups[0]
 
 
-def _mean_overlap(overlaps: Overlaps, one: Family, other: Family) -> float:
+def _mean_overlap(overlaps: Overlaps, one: TaskGroup, other: TaskGroup) -> float:
     return float(overlaps[np.ix_(one.members, other.members)].mean())

@@ -14,7 +14,7 @@ _TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclasses.dataclass(frozen=True)
-class SubnetChoice:
+class SubnetRequest:
     """Which sub-network answers a request.
 
     Attributes:
@@ -55,7 +55,7 @@ class ModelCatalog:
         """Every name that a request may give, the model's own first."""
         return [self.base_name, *(f"{self.base_name}:{n}" for n in (*self.tasks, DENSE_NAME))]
 
-    def choose(self, request: GenerationRequest) -> SubnetChoice:
+    def choose(self, request: GenerationRequest) -> SubnetRequest:
         """Return the sub-network that a request asks for.
 
         Raises:
@@ -77,9 +77,9 @@ class ModelCatalog:
                 param="task",
             )
         if request.task is not None:
-            return SubnetChoice("task", request.task)
+            return SubnetRequest("task", request.task)
         if suffix == DENSE_NAME:
-            return SubnetChoice("dense")
+            return SubnetRequest("dense")
         if suffix:
-            return SubnetChoice("task", self.tasks[suffix])
-        return SubnetChoice("prompt", request.first_user_text)
+            return SubnetRequest("task", self.tasks[suffix])
+        return SubnetRequest("prompt", request.first_user_text)

@@ -22,12 +22,12 @@ from mlx_lm.server import (
 )
 
 from ifp_mlx.assistant import Assistant
-from ifp_mlx.chat.conversation import PENALTY_CONTEXT_SIZE
+from ifp_mlx.chat.sampling import PENALTY_CONTEXT_SIZE
 from ifp_mlx.server.api_error import APIError
-from ifp_mlx.server.catalog import SubnetChoice
+from ifp_mlx.server.catalog import SubnetRequest
 from ifp_mlx.server.replies import Reply
 from ifp_mlx.server.requests import GenerationRequest, Sampling
-from ifp_mlx.subnets.compact_models import SubNetwork
+from ifp_mlx.subnets.subnetwork import SubNetwork
 
 Prepare = Callable[[], tuple[Assistant, int]]
 """Returns the assistant and how many units of each layer it keeps."""
@@ -94,17 +94,18 @@ class SubNetworkProvider:
         """Make the assistant; called once, when the generation thread begins."""
         try:
             assistant, self._num_kept_units = self._prepare()
-        except BaseException as error:
+            self.tokenizer = assistant.tokenizer
+            # mlx-lm asks before it loads a model. Sub-networks of one are of one kind, which is
+            # known without the weights: of a model that does not fit they must not be loaded.
+            self.is_batchable = self.cli_args.decode_concurrency > 1 and all(
+                hasattr(layer, "merge") for layer in make_prompt_cache(assistant.skeleton)
+            )
+        except BaseException as error:  # who waits for the assistant must learn of it
             self.assistant.set_exception(error)
         else:
-            self.tokenizer = assistant.tokenizer
-            # Sub-networks of one model are of one kind, and mlx-lm asks before it loads one.
-            self.is_batchable = self.cli_args.decode_concurrency > 1 and all(
-                hasattr(layer, "merge") for layer in make_prompt_cache(assistant.dense().model)
-            )
             self.assistant.set_result(assistant)
 
-    def load(self, choice: SubnetChoice, adapter: str, draft: str) -> tuple[Any, Any]:
+    def load(self, choice: SubnetRequest, adapter: str, draft: str) -> tuple[Any, Any]:
         """Make a sub-network the one in use; return its model and the tokenizer.
 
         Raises:
@@ -117,12 +118,10 @@ class SubNetworkProvider:
             subnet = assistant.subnetwork_for_task(choice.text, self._num_kept_units)
         else:
             subnet = assistant.subnetwork_for_prompt(choice.text, self._num_kept_units)
-        units = b"dense"
-        if subnet.selection is not None:
-            units = bytes(memoryview(subnet.selection.indices))  # type: ignore[arg-type]
+        units = "dense" if subnet.selection is None else subnet.selection.digest
         self.subnet = subnet
         self.model = subnet.model
-        self.model_key = hashlib.sha256(units).digest()
+        self.model_key = hashlib.sha256(units.encode()).digest()
         return self.model, self.tokenizer
 
     def reset(self) -> None:
@@ -208,7 +207,7 @@ class Engine:
         """Whether the generation thread lives."""
         return bool(self._generator.is_healthy)
 
-    def start(self, request: GenerationRequest, choice: SubnetChoice) -> Reply:
+    def start(self, request: GenerationRequest, choice: SubnetRequest) -> Reply:
         """Hand a request to the generation thread; the reply fills while that works.
 
         Raises:
@@ -266,7 +265,7 @@ class Engine:
 
 
 def _generation_arguments(
-    choice: SubnetChoice, sampling: Sampling, max_tokens: int
+    choice: SubnetRequest, sampling: Sampling, max_tokens: int
 ) -> GenerationArguments:
     return GenerationArguments(
         # mlx-lm compares it and hands it to the provider, nothing else.

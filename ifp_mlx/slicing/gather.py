@@ -2,14 +2,11 @@
 
 A gather does its index arithmetic once an element, so elements of two bytes cost four times as
 much of it as elements of eight: rows are gathered through a view as wide as their length allows.
-Columns are gathered row by row into contiguous rows, or, from a *unit-major* matrix, as rows.
+Columns are gathered row by row into contiguous rows.
 Measured in docs/latency.md; every function here gives exactly what ``mx.take`` gives.
 """
 
 import mlx.core as mx
-import mlx.nn as nn
-
-from ifp_mlx.units import ffn
 
 _WIDE = (mx.uint64, mx.uint32, mx.uint16)
 
@@ -43,46 +40,3 @@ def take_along_columns(array: mx.array, columns: mx.array) -> mx.array:
     """Return columns ``columns`` (K,) of an (N, M) array as a row-contiguous (N, K) array. Lazy."""
     indices = mx.broadcast_to(columns, (array.shape[0], columns.size))
     return mx.take_along_axis(array, indices, axis=1)
-
-
-class UnitMajorLinear(nn.Linear):
-    """A linear layer whose (out, in) weight lies in memory one input column after the other.
-
-    To a caller it is an ordinary ``nn.Linear``; only the strides of its weight differ. Of a down
-    projection in this layout each FFN unit is one contiguous run, so that ``take_rows`` gathers.
-    """
-
-    @classmethod
-    def from_linear(cls, linear: nn.Module) -> "UnitMajorLinear":
-        """Return a copy of a plain linear layer in this layout."""
-        copy = cls(1, 1, bias=False)
-        copy.weight = mx.contiguous(linear.weight.T).T
-        if "bias" in linear:
-            copy.bias = linear.bias
-        return copy
-
-    def columns(self, units: mx.array) -> mx.array:
-        """Return the given (K,) input columns: (D, K), bit for bit, in this layout. Lazy."""
-        return take_rows(self.weight.T, units).T
-
-
-def with_unit_major_downs(model: nn.Module) -> nn.Module:
-    """Return a copy of ``model`` whose plain down projections are unit-major. Lazy.
-
-    All other arrays are shared. Quantized down projections stay as they are: their groups run
-    along the units.
-    """
-    return ffn.with_wrapped_down(
-        model,
-        lambda _, down: (
-            down if isinstance(down, nn.QuantizedLinear) else UnitMajorLinear.from_linear(down)
-        ),
-    )
-
-
-def laid_out_for_slicing(model: nn.Module) -> nn.Module:
-    """Return ``model`` laid out as slicing and decoding are fastest on this machine.
-
-    Unit-major downs on CUDA, where docs/latency.md measures them; elsewhere the model itself.
-    """
-    return with_unit_major_downs(model) if mx.cuda.is_available() else model

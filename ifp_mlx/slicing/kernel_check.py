@@ -5,12 +5,15 @@ their dequantized values; where the two disagree, the model is dequantized inste
 """
 
 import functools
-from collections.abc import Callable
+import logging
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ifp_mlx.slicing.compact import dequantized, slice_rows
+from ifp_mlx.slicing.compact import slice_rows
+from ifp_mlx.units.modules import clone_module, dequantized
+
+logger = logging.getLogger(__name__)
 
 _ROWS = 64
 # One token takes the matrix-vector kernel, several the matrix-matrix kernel.
@@ -18,20 +21,20 @@ _TOKENS = (1, 33)
 _TOLERANCE = 0.02  # half-precision sums over a few thousand values stay below 0.005
 
 
-def check_quantized_kernels(model: nn.Module, on_warning: Callable[[str], None]) -> nn.Module:
+def check_quantized_kernels(model: nn.Module) -> nn.Module:
     """Return ``model``, or its dequantized copy where a kernel that it uses is wrong. Evaluates.
 
     Each quantization that occurs is checked once a process, on the first layer that has it.
 
-    Args:
-        model: not changed.
-        on_warning: called with a line when a kernel is wrong.
+    A wrong kernel is logged as a warning. ``model`` itself is not changed.
     """
     for linear in _first_of_each_kind(model):
         if not _is_right(linear):
-            on_warning(
-                f"the {linear.bits}-bit {linear.mode} kernel of this machine gives wrong results; "
-                "using dequantized weights, which take more memory. Please report it"
+            logger.warning(
+                "the %d-bit %s kernel of this machine gives wrong results; using dequantized "
+                "weights, which take more memory. Please report it",
+                linear.bits,
+                linear.mode,
             )
             return _dequantized_copy(model)
     return model
@@ -76,8 +79,6 @@ def _is_right(linear: nn.Module) -> bool:
 
 def _dequantized_copy(model: nn.Module) -> nn.Module:
     from mlx_lm.utils import dequantize_model
-
-    from ifp_mlx.units.ffn import clone_module
 
     plain: nn.Module = dequantize_model(clone_module(model))
     mx.eval(plain.parameters())

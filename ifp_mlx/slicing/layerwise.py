@@ -7,14 +7,13 @@ model that does not fit in memory can still choose its own sub-network.
 
 import functools
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
-from ifp_mlx.storage.checkpoint import load_model
-from ifp_mlx.units.ffn import clone_module
+from ifp_mlx.storage.weights import load_model
+from ifp_mlx.units.modules import clone_module, named_arrays
 
 
 def layerwise_model(
@@ -49,7 +48,7 @@ class _LayersOnDisk:
     def __init__(self, path: Path, dtype: mx.Dtype | None, model: nn.Module) -> None:
         self._path = path
         self._dtype = dtype
-        self._placeholders = [_named_arrays(layer) for layer in model.layers]
+        self._placeholders = [named_arrays(layer) for layer in model.layers]
         self._unread: dict[int, nn.Module] = {}
 
     def read_into(self, index: int, layer: nn.Module) -> None:
@@ -57,7 +56,7 @@ class _LayersOnDisk:
         if index not in self._unread:  # a new pass over the model
             model = load_model(self._path, self._dtype, lazy=True)[0]
             self._unread = dict(enumerate(model.layers))
-        fresh = _named_arrays(self._unread.pop(index))
+        fresh = named_arrays(self._unread.pop(index))
         placeholders = self._placeholders[index]
         _replace_arrays(layer, {id(placeholders[name]): array for name, array in fresh.items()})
 
@@ -74,10 +73,6 @@ def _layerwise_class(layer_class: type[nn.Module]) -> type[nn.Module]:
         return output
 
     return type(f"Layerwise{layer_class.__name__}", (layer_class,), {"__call__": call})
-
-
-def _named_arrays(module: nn.Module) -> dict[str, mx.array]:
-    return dict(cast(list[tuple[str, mx.array]], tree_flatten(module.parameters())))
 
 
 def _replace_arrays(tree: Any, replacements: dict[int, mx.array]) -> None:

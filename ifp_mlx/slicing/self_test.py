@@ -15,10 +15,11 @@ from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import get_total_parameters
 
-from ifp_mlx.selection.masks import top_k_indices
-from ifp_mlx.selection.selection import Selection
+from ifp_mlx.selection.selectors import select_random
+from ifp_mlx.selection.top_k import top_k_indices
 from ifp_mlx.slicing.compact import slice_model, slice_rows
-from ifp_mlx.units import ffn
+from ifp_mlx.units.masks import set_unit_masks, with_unit_masks
+from ifp_mlx.units.modules import dense_weight
 
 _CPU_LIMIT = 1e-5  # float32 logits of the small models are of size 1
 _GPU_LIMIT = 1e-4  # GPU kernels add in another order for other widths
@@ -101,7 +102,7 @@ def measure_speed(
         model.set_dtype(mx.bfloat16)
     for share in (1.0, 2 / 3, 1 / 2, 1 / 4):
         kept = round(share * num_units / 64) * 64
-        cut = model if kept == num_units else slice_model(model, _random_selection(model, kept))
+        cut = model if kept == num_units else slice_model(model, select_random(model, kept))
         mx.eval(cut.parameters())
         yield Speed(kept, get_total_parameters(cut), _decoding_speed(cut, num_tokens))
 
@@ -123,12 +124,6 @@ def _random_model(family: str, **changes: Any) -> nn.Module:
     return cast(nn.Module, model)
 
 
-def _random_selection(model: nn.Module, num_kept_units: int) -> Selection:
-    shape = (len(ffn.ffn_modules(model)), ffn.num_units(model))
-    scores = mx.random.uniform(shape=shape, key=mx.random.key(9))
-    return Selection(top_k_indices(scores, num_kept_units), shape[1], "random")
-
-
 def _tokens(vocab_size: int = 101) -> mx.array:
     return mx.random.randint(0, vocab_size, (1, 20), key=mx.random.key(2))
 
@@ -141,9 +136,9 @@ def _largest_difference(one: mx.array, other: mx.array) -> float:
 def _slicing_error(family: str, dtype: mx.Dtype = mx.float32) -> float:
     model = _random_model(family)
     model.set_dtype(dtype)
-    selection = _random_selection(model, 128)
-    masked = ffn.with_unit_masks(model)
-    ffn.set_unit_masks(masked, selection.mask())
+    selection = select_random(model, 128, seed=9)
+    masked = with_unit_masks(model)
+    set_unit_masks(masked, selection.pick.mask())
     return _largest_difference(masked(_tokens()), slice_model(model, selection)(_tokens()))
 
 
@@ -152,8 +147,8 @@ def _quantized_row_error() -> float:
     linear.weight = mx.random.normal((96, 128), key=mx.random.key(1))
     quantized = nn.QuantizedLinear.from_linear(linear, 64, 4)
     rows = mx.array([0, 3, 17, 64, 95])
-    whole = ffn.dense_weight(quantized)[rows]
-    return _largest_difference(ffn.dense_weight(slice_rows(quantized, rows)), whole)
+    whole = dense_weight(quantized)[rows]
+    return _largest_difference(dense_weight(slice_rows(quantized, rows)), whole)
 
 
 def _quantized_product_error() -> float:
@@ -161,7 +156,7 @@ def _quantized_product_error() -> float:
     linear.weight = mx.random.normal((96, 128), key=mx.random.key(1)) / 128**0.5
     quantized = nn.QuantizedLinear.from_linear(linear, 64, 4)
     values = mx.random.normal((5, 128), key=mx.random.key(3))
-    return _largest_difference(quantized(values), values @ ffn.dense_weight(quantized).T)
+    return _largest_difference(quantized(values), values @ dense_weight(quantized).T)
 
 
 def _top_k_error() -> float:

@@ -1,13 +1,14 @@
 """Loading a sub-network without loading the model that it is cut from.
 
-FFN units are read layer by layer, only the selected ones, straight into the compact model; the
-full FFN matrices never exist in memory. Peak memory is the compact model and the working set of
-one layer. Everything outside the FFNs is read as mlx-lm reads it.
+Units are read layer by layer, only the selected ones, straight into the compact model; their full
+matrices never exist in memory. Peak memory is the compact model and the working set of one layer.
+Everything that holds no units is read as mlx-lm reads it.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator
+import logging
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,45 +17,55 @@ import mlx.nn as nn
 import numpy as np
 
 from ifp_mlx.errors import CheckpointError
-from ifp_mlx.selection.calibration import Calibration
 from ifp_mlx.selection.selection import Selection
 from ifp_mlx.slicing.compact import (
-    GatheredUnits,
+    DEFAULT_CUT,
+    CutModel,
+    CutOptions,
     RequantizationError,
     ResidentUnits,
     UnitSource,
     compact_skeleton,
-    compute_dtype,
-    dequantized,
     fill_layers,
 )
-from ifp_mlx.slicing.unit_file import LayerTensors, UnitMajorFile
-from ifp_mlx.storage.checkpoint import load_model, stored_tensors
-from ifp_mlx.storage.positioned_reads import PositionedReader, to_array
-from ifp_mlx.storage.tensor_files import StoredTensor
-from ifp_mlx.units import ffn
+from ifp_mlx.slicing.gather import take_rows
+from ifp_mlx.slicing.stored_units import StoredParts, StoredUnits
+from ifp_mlx.slicing.unit_file import UnitFileUnits
+from ifp_mlx.storage.positioned_reads import PositionedReader
+from ifp_mlx.storage.weights import load_model, stored_tensors
+from ifp_mlx.units.kinds import Part
+from ifp_mlx.units.modules import (
+    compute_dtype,
+    copy_module,
+    dequantized,
+    family_of,
+    part_arrays,
+    part_of,
+    plain_linear,
+    replace_part,
+    unit_layers,
+)
 
-BLOCK_BYTES = 16 * 2**20
-"""How much of a row-major down projection is in memory at once."""
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadedSubnetwork:
-    """A compact model and what reading it took.
+class EarlierCut:
+    """A sub-network in memory whose units need not be read again.
 
     Attributes:
-        model: evaluated.
-        requantization_error: relative error of quantizing down projections again; 0 where none
-            was.
-        ffn_bytes_read: bytes of FFN units read from the disk; None where the checkpoint's form
-            did not allow to read parts of it.
-        unit_major: the side file was used.
+        selection: its units.
+        model: of the same checkpoint, in the same type.
+        is_disposable: nothing needs it any more: its layers are released as they are replaced.
     """
 
+    selection: Selection
     model: nn.Module
-    requantization_error: float
-    ffn_bytes_read: int | None
-    unit_major: bool
+    is_disposable: bool
+
+
+Adapt = Callable[[nn.Module], nn.Module]
+"""An adapter's changes: from a model to the changed one, which shares what is unchanged."""
 
 
 def load_subnetwork(
@@ -62,56 +73,68 @@ def load_subnetwork(
     selection: Selection,
     *,
     dtype: mx.Dtype | None = None,
-    compensation: Calibration | None = None,
-    exact_down: bool = False,
+    options: CutOptions = DEFAULT_CUT,
     base: nn.Module | None = None,
-    adapt: Callable[[nn.Module], nn.Module] | None = None,
+    adapt: Adapt | None = None,
+    earlier: EarlierCut | None = None,
     on_layer: Callable[[int, int], Any] = lambda done, of: None,
-    on_warning: Callable[[str], None] = lambda line: None,
-) -> LoadedSubnetwork:
+) -> CutModel:
     """Read the compact model of a selection from a checkpoint. Evaluates.
 
     Args:
         path: a checkpoint directory, quantized or not.
         selection: validated against the checkpoint before anything is read.
         dtype: None computes as the checkpoint is stored; a floating type dequantizes and casts.
-        compensation: as in ``slice_model``; reads every down projection whole, in blocks.
-        exact_down: as in ``slice_model``.
-        base: the model to share everything outside the FFNs with, in the same ``dtype``; its FFN
-            arrays are not touched. None loads what is needed.
-        adapt: an adapter's changes to a model. They can touch any weight, so FFN matrices are then
+        options: how packed columns are kept.
+        base: the model to share everything without units with, in the same ``dtype``; its units
+            are not touched. None loads what is needed.
+        adapt: changes to the model. They can touch any weight, so matrices with units are then
             loaded whole, one layer at a time.
+        earlier: another sub-network, of a kind whose units are rows of every part: only those that
+            it lacks are read.
         on_layer: called with layers done and their number.
-        on_warning: called with a line when the side file cannot be used.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
         SelectionError: the selection does not fit the checkpoint.
     """
+    from mlx_lm.utils import get_total_parameters
+
+    start = time.perf_counter()
     stored, _ = load_model(path, lazy=True)
     selection.validate(stored)
+    total_parameters = int(get_total_parameters(stored))
     if base is None:
         base = stored if dtype is None else load_model(path, dtype, lazy=True)[0]
         base = base if adapt is None else adapt(base)
     compact = compact_skeleton(base, selection)
     error = RequantizationError()
     with PositionedReader() as reader:
-        source, unit_major = _open_source(path, stored, reader, dtype, adapt, on_warning)
+        source = _open_source(path, stored, reader, dtype, adapt)
         in_parts = not isinstance(source, _WholeLayers)
-        del stored, base  # what remains of them is in ``compact`` and ``source``
+        used_unit_file = isinstance(source, UnitFileUnits)
         if dtype is not None:
-            source = _CastUnits(source, dtype)
-        for layer in fill_layers(compact, selection, source, compensation, exact_down, error):
-            mx.eval(compact.layers[layer].parameters(), error.squared_difference)
-            mx.eval(error.squared_reference)
+            source = _CastUnits(source, stored, dtype)
+        if earlier is not None:
+            source = _UnitsAtHand(source, earlier)
+        del stored, base  # what remains of them is in ``compact`` and ``source``
+        filling = fill_layers(compact, selection, source, options, error)
+        for num_done, layer in enumerate(filling, start=1):
+            mx.eval(
+                compact.layers[layer].parameters(),
+                error.squared_difference,
+                error.squared_reference,
+            )
             mx.clear_cache()
-            on_layer(layer + 1, selection.num_layers)
+            on_layer(num_done, len(selection.pick.layers))
         mx.eval(compact.parameters())
-        return LoadedSubnetwork(
+        return CutModel(
             model=compact,
+            total_parameters=total_parameters,
             requantization_error=error.relative,
-            ffn_bytes_read=reader.bytes_read if in_parts else None,
-            unit_major=unit_major,
+            seconds=time.perf_counter() - start,
+            unit_bytes_read=reader.bytes_read if in_parts else None,
+            used_unit_file=used_unit_file,
         )
 
 
@@ -120,102 +143,23 @@ def _open_source(
     stored: nn.Module,
     reader: PositionedReader,
     dtype: mx.Dtype | None,
-    adapt: Callable[[nn.Module], nn.Module] | None,
-    on_warning: Callable[[str], None],
-) -> tuple[UnitSource, bool]:
-    """Return the cheapest way to read units, and whether it is the side file."""
-    whole = functools.partial(load_model, path, lazy=True)
+    adapt: Adapt | None,
+) -> UnitSource:
+    """Return the cheapest way to read units."""
     if adapt is not None:
-        return _WholeLayers(adapt(whole()[0])), False
+        return _WholeLayers(adapt(load_model(path, lazy=True)[0]))
     column_dtype = dtype or compute_dtype(stored)
-    tensors = stored_tensors(path)
     try:
-        layers = [LayerTensors(stored, tensors, layer) for layer in range(len(stored.layers))]
+        parts = StoredParts(stored, stored_tensors(path))
     except CheckpointError:  # stored as another library has it: mlx-lm converts it while loading
-        return _WholeLayers(whole()[0]), False
-    rows = _StoredRows(layers, reader, column_dtype)
+        return _WholeLayers(load_model(path, lazy=True)[0])
+    rows = StoredUnits(parts, reader, column_dtype)
     try:
-        side_file = UnitMajorFile.open(path, layers, reader, column_dtype)
+        unit_file = UnitFileUnits.open(path, parts, rows, reader, column_dtype)
     except CheckpointError as error:
-        on_warning(f"{error}; reading the checkpoint's own layout instead")
-        side_file = None
-    return (rows, False) if side_file is None else (_SideFileUnits(side_file, rows), True)
-
-
-class _StoredRows:
-    """Units of a checkpoint as it is: rows of gate and up, down in bounded blocks."""
-
-    def __init__(self, layers: list[LayerTensors], reader: PositionedReader, dtype: mx.Dtype):
-        self._layers = layers
-        self._reader = reader
-        self._dtype = dtype
-
-    def gather(self, layer: int, units: mx.array) -> GatheredUnits:
-        blocks = []
-        for block in self._down_blocks(self._layers[layer]):
-            columns = mx.take(dequantized(block, self._dtype), units, axis=1)
-            mx.eval(columns)
-            blocks.append(columns)
-        return GatheredUnits(self.rows(layer, units), mx.concatenate(blocks))
-
-    def rows(self, layer: int, units: mx.array) -> dict[str, nn.Module]:
-        tensors = self._layers[layer]
-        kept = np.array(units)
-        projections: dict[str, nn.Module] = {
-            name: ffn.clone_module(tensors.module[name]) for name in tensors.layout.row_projections
-        }
-        for part in tensors.row_parts:
-            rows = np.concatenate([kept + row * tensors.num_units for row in range(part.rows)])
-            content = self._reader.rows(part.tensor, rows)
-            array = to_array(content, part.tensor.dtype, part.tensor.shape[1:])
-            projections[part.projection][part.part] = array
-        return projections
-
-    def down(self, layer: int) -> nn.Module:
-        tensors = self._layers[layer]
-        return self._down_rows(tensors, 0, tensors.hidden_size)
-
-    def down_product(self, layer: int, activations: mx.array) -> mx.array:
-        products = []
-        for block in self._down_blocks(self._layers[layer]):
-            product = dequantized(block, self._dtype).astype(mx.float32) @ activations
-            mx.eval(product)
-            products.append(product)
-        return mx.concatenate(products)
-
-    def _down_blocks(self, tensors: LayerTensors) -> Iterator[nn.Module]:
-        """Yield the down projection as linear layers of a few of its D rows each."""
-        row_bytes = sum(
-            tensor.num_bytes // tensor.shape[0] for _, tensor in self._down_parts(tensors)
-        )
-        step = max(1, BLOCK_BYTES // row_bytes)
-        for start in range(0, tensors.hidden_size, step):
-            yield self._down_rows(tensors, start, min(start + step, tensors.hidden_size))
-
-    def _down_rows(self, tensors: LayerTensors, start: int, stop: int) -> nn.Module:
-        """Return a few rows of the down projection as a linear layer."""
-        block: nn.Module = ffn.clone_module(tensors.down)
-        for part, tensor in self._down_parts(tensors):
-            content = self._reader.row_range(tensor, start, stop)
-            block[part] = to_array(content, tensor.dtype, tensor.shape[1:])
-        return block
-
-    def _down_parts(self, tensors: LayerTensors) -> list[tuple[str, StoredTensor]]:
-        return [
-            (part, tensors.tensor(tensors.layout.down, part))
-            for part in ("weight", "scales", "biases")
-            if tensors.down.get(part) is not None
-        ]
-
-
-class _SideFileUnits:
-    """Units from the side file; what it cannot serve cheaper, from the rows."""
-
-    def __init__(self, side_file: UnitMajorFile, stored: _StoredRows):
-        self.gather = side_file.gather
-        self.rows = stored.rows
-        self.down = stored.down
-        self.down_product = stored.down_product
+        logger.warning("%s; reading the checkpoint's own layout instead", error)
+        return rows
+    return unit_file or rows
 
 
 class _WholeLayers(ResidentUnits):
@@ -224,38 +168,87 @@ class _WholeLayers(ResidentUnits):
     Each layer is read whole and released when the next one is asked for.
     """
 
-    def gather(self, layer: int, units: mx.array) -> GatheredUnits:
-        for earlier in range(layer):
-            self._ffns[earlier] = nn.Module()
-        return super().gather(layer, units)
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self._parts = family_of(model).kind.parts
+
+    def take(self, layer: int, part: Part, units: mx.array) -> dict[str, mx.array]:
+        for earlier in [index for index in self._layers if index < layer]:
+            for whole in self._parts:
+                replace_part(self._layers[earlier], whole, nn.Module())
+            del self._layers[earlier]
+        return super().take(layer, part, units)
+
+
+class _UnitsAtHand:
+    """Units of an earlier sub-network, and of another source what it lacks.
+
+    Args:
+        source: the other one.
+        earlier: the sub-network; all of its kind's units are rows.
+    """
+
+    def __init__(self, source: UnitSource, earlier: EarlierCut):
+        self._source = source
+        self._earlier = earlier
+        self._positions = {layer: at for at, layer in enumerate(earlier.selection.pick.layers)}
+        self._parts = family_of(earlier.model).kind.parts
+        self._layers = unit_layers(earlier.model)
+
+    def take(self, layer: int, part: Part, units: mx.array) -> dict[str, mx.array]:
+        if self._earlier.is_disposable:
+            self._release_before(layer)
+        pick = self._earlier.selection.pick
+        wanted, present = np.array(units), np.array(pick.units(self._positions[layer]))
+        lacking = np.setdiff1d(wanted, present)
+        at_hand = np.concatenate([present, lacking])
+        order = mx.array(np.argsort(at_hand)[np.searchsorted(np.sort(at_hand), wanted)])
+        arrays = part_arrays(self._layers[layer], part)
+        if len(lacking):
+            read = self._source.take(layer, part, mx.array(lacking))
+            arrays = {name: mx.concatenate([array, read[name]]) for name, array in arrays.items()}
+        return {name: take_rows(array, order) for name, array in arrays.items()}
+
+    def whole(self, layer: int, part: Part) -> nn.Module:
+        return self._source.whole(layer, part)
+
+    def _release_before(self, layer: int) -> None:
+        for done in [index for index in self._layers if index < layer]:
+            for part in self._parts:
+                holder = part_of(self._layers[done], part)
+                for name in part_arrays(self._layers[done], part):
+                    del holder[name]
+            del self._layers[done]
 
 
 class _CastUnits:
-    """Units of another source as plain weights of a floating type."""
+    """Units of another source as plain weights of a floating type.
 
-    def __init__(self, source: UnitSource, dtype: mx.Dtype):
+    Args:
+        source: the other one.
+        stored: the model, loaded lazily; says how each part is packed.
+        dtype: the type.
+    """
+
+    def __init__(self, source: UnitSource, stored: nn.Module, dtype: mx.Dtype):
         self._source = source
+        self._layers = unit_layers(stored)
         self._dtype = dtype
-        self.down_product = source.down_product
 
-    def gather(self, layer: int, units: mx.array) -> GatheredUnits:
-        gathered = self._source.gather(layer, units)
-        return GatheredUnits(
-            self._cast_all(gathered.row_projections), gathered.columns.astype(self._dtype)
-        )
+    def take(self, layer: int, part: Part, units: mx.array) -> dict[str, mx.array]:
+        arrays = self._source.take(layer, part, units)
+        if "scales" in arrays:
+            packed = copy_module(part_of(self._layers[layer], part))
+            packed.update(arrays)
+            arrays["weight"] = dequantized(packed, self._dtype)
+        return {
+            name: array.astype(self._dtype)
+            for name, array in arrays.items()
+            if name not in ("scales", "biases")
+        }
 
-    def rows(self, layer: int, units: mx.array) -> dict[str, nn.Module]:
-        return self._cast_all(self._source.rows(layer, units))
-
-    def down(self, layer: int) -> nn.Module:
-        return self._cast(self._source.down(layer))
-
-    def _cast_all(self, projections: dict[str, nn.Module]) -> dict[str, nn.Module]:
-        return {name: self._cast(linear) for name, linear in projections.items()}
-
-    def _cast(self, linear: nn.Module) -> nn.Module:
-        plain = nn.Linear(1, 1, bias=False)
-        plain.weight = dequantized(linear, self._dtype).astype(self._dtype)
-        if "bias" in linear:
-            plain.bias = linear.bias.astype(self._dtype)
-        return plain
+    def whole(self, layer: int, part: Part) -> nn.Module:
+        linear = self._source.whole(layer, part)
+        bias = linear.get("bias")
+        weight = dequantized(linear, self._dtype).astype(self._dtype)
+        return plain_linear(weight, None if bias is None else bias.astype(self._dtype))

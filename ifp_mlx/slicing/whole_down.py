@@ -9,7 +9,7 @@ columns as plain weights.
 import mlx.core as mx
 import mlx.nn as nn
 
-from ifp_mlx.units import ffn
+from ifp_mlx.units.modules import input_dims, is_packed
 
 
 class WholeDown(nn.Module):
@@ -18,20 +18,16 @@ class WholeDown(nn.Module):
     Args:
         down: the quantized layer; it may be shared between sub-networks.
         units: (K,) int32, the kept units.
-        factors: (K,) mask values of the units; None means 1.
     """
 
-    def __init__(self, down: nn.Module, units: mx.array, factors: mx.array | None = None):
+    def __init__(self, down: nn.Module, units: mx.array):
         super().__init__()
         self.down = down
         self._units = units
-        self._factors = factors
 
     def __call__(self, activations: mx.array) -> mx.array:
         """Map (B, T, K) activations of the kept units to (B, T, D)."""
-        if self._factors is not None:
-            activations = (activations * self._factors).astype(activations.dtype)
-        num_units = ffn.linear_input_dims(self.down)  # F
+        num_units = input_dims(self.down)  # F
         everything = mx.zeros((*activations.shape[:-1], num_units), activations.dtype)
         everything[..., self._units] = activations  # (B, T, K) -> (B, T, F)
         return self.down(everything)  # type: ignore[no-any-return]
@@ -41,21 +37,16 @@ class WholeDown(nn.Module):
         """The (K,) kept units."""
         return self._units
 
-    @property
-    def factors(self) -> mx.array | None:
-        """Their (K,) mask values; None means 1."""
-        return self._factors
-
 
 def is_smaller_whole(down: nn.Module, num_kept_units: int, dtype: mx.Dtype) -> bool:
     """Return whether a down projection is packed and smaller than K plain columns in ``dtype``."""
-    if not isinstance(down, nn.QuantizedLinear):
+    if not is_packed(down):
         return False
     plain_bytes = int(down.weight.shape[0]) * num_kept_units * int(dtype.size)
     return packed_bytes(down) < plain_bytes
 
 
 def packed_bytes(linear: nn.Module) -> int:
-    """Return the size of a quantized layer's codes, scales and biases."""
+    """Return the size of a quantized layer's codes, scales and biases, without its bias."""
     parts = (linear.get(name) for name in ("weight", "scales", "biases"))
     return sum(int(part.nbytes) for part in parts if part is not None)

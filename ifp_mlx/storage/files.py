@@ -51,7 +51,7 @@ def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
     """
     target = target.absolute()
     if target.exists() and not overwrite:
-        raise UsageError(f"{target} exists already; choose another name or pass --force")
+        raise UsageError(f"{target} exists already; choose another name or pass `overwrite`")
     prefix = f".{target.name}.partial-"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

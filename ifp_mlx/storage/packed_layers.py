@@ -44,15 +44,15 @@ def check_packed_layers(model: nn.Module, tensors: dict[str, StoredTensor]) -> N
         scales, weight = tensors.get(f"{path}.scales"), tensors.get(f"{path}.weight")
         if scales is None or not hasattr(module, "to_quantized"):
             continue
-        rows, columns = module.weight.shape
-        if weight is None or weight.dtype != "U32" or len(weight.shape) != 2:
+        *rows, columns = module.weight.shape  # of a matrix, or of a stack of them
+        if weight is None or weight.dtype != "U32" or len(weight.shape) != len(rows) + 1:
             raise ValueError(f"{path} has scales but no packed weight")
-        if len(scales.shape) != 2 or not weight.shape[0] == scales.shape[0] == rows:
+        if not list(weight.shape[:-1]) == list(scales.shape[:-1]) == rows:
             raise ValueError(
-                f"{path} has {rows} rows, its packed weight {weight.shape} and scales "
-                f"{scales.shape} do not"
+                f"{path} has {' x '.join(map(str, rows))} rows, its packed weight {weight.shape} "
+                f"and scales {scales.shape} do not"
             )
-        num_groups, words = scales.shape[1], weight.shape[1]
+        num_groups, words = scales.shape[-1], weight.shape[-1]
         if not num_groups or columns % num_groups or words * 32 % columns:
             raise ValueError(
                 f"{path} has {columns} columns, which its packed weight {weight.shape} and scales "

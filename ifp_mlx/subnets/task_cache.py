@@ -11,12 +11,12 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import time
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
 
 import filelock
 
@@ -25,11 +25,15 @@ from ifp_mlx.selection.selection import Selection
 from ifp_mlx.storage.arrays import load_arrays
 from ifp_mlx.subnets import compact_store
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_MAX_BYTES = 256 * 10**6  # about 2,000 sub-networks of the default model
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 _SUFFIX = ".safetensors"
 _REQUANTIZATION_ERROR = "requantization_error"  # fields of the header
 _NUM_EXAMPLES = "num_examples"
+_REUSED_TASK = "reused_task"
+_REUSE_OVERLAP = "reuse_overlap"
 _LOCK_TIMEOUT_S = 120.0
 _MIN_PREFIX = 4
 
@@ -47,8 +51,9 @@ class CacheKey:
         task: the description; folded before it is compared.
         base: fingerprint of the checkpoint.
         adapter: fingerprint of the IFP adapter, empty without one.
-        selector: name of the selector.
+        selector: its spec, as text.
         selector_version: changes whenever the same input may give other scores.
+        kind: name of the kind of units.
         num_kept_units: K.
     """
 
@@ -57,6 +62,7 @@ class CacheKey:
     adapter: str
     selector: str
     selector_version: str
+    kind: str
     num_kept_units: int
 
     def fields(self) -> dict[str, str]:
@@ -69,6 +75,19 @@ class CacheKey:
         """The file name: a hash of every field."""
         text = json.dumps(self.fields(), sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reuse:
+    """The sub-network of another task that serves one as well.
+
+    Attributes:
+        task: the other one's description.
+        overlap: share of units that the two have in common.
+    """
+
+    task: str
+    overlap: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +105,7 @@ class CacheEntry:
         requantization_error: relative error of quantizing its columns of down projections again,
             0 where that was not needed; None if it was never cut.
         num_examples: inputs of the task that selected along with its description.
+        reuse: the task whose units it took over, and their overlap; None if it selected itself.
     """
 
     key: CacheKey
@@ -97,6 +117,7 @@ class CacheEntry:
     path: Path
     requantization_error: float | None
     num_examples: int = 0
+    reuse: "Reuse | None" = None
 
     def load(self) -> Selection:
         """Return the selection.
@@ -107,25 +128,17 @@ class CacheEntry:
         return Selection.load(self.path)[0]
 
 
-class SubNetCache:
+class TaskCache:
     """The sub-networks in one folder, least recently used first out.
 
     Args:
         folder: created when the first entry is stored.
         max_bytes: entries beyond this are removed when one is added.
-        on_warning: called with one line when a damaged entry was moved aside.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        max_bytes: int = DEFAULT_MAX_BYTES,
-        *,
-        on_warning: Callable[[str], None] = lambda line: None,
-    ):
+    def __init__(self, folder: Path, max_bytes: int = DEFAULT_MAX_BYTES):
         self.folder = folder
         self.max_bytes = max_bytes
-        self._on_warning = on_warning
 
     @property
     def compact_folder(self) -> Path:
@@ -149,8 +162,8 @@ class SubNetCache:
         except OSError as error:
             raise CacheError(f"cannot use the cache {self.folder}: {error.strerror}") from error
 
-    def get(self, key: CacheKey) -> Selection | None:
-        """Return the selection stored for ``key``, or None. Counts as a use.
+    def get(self, key: CacheKey) -> tuple[Selection, Reuse | None] | None:
+        """Return the selection stored for ``key`` and whose it is, or None. Counts as a use.
 
         A file that is damaged, or that says it belongs to another key, is moved to the folder's
         ``quarantine`` and reported; the caller makes it again.
@@ -167,10 +180,16 @@ class SubNetCache:
             return None
         with contextlib.suppress(OSError):  # a read-only cache still serves
             os.utime(path)
-        return selection
+        return selection, _reuse(header)
 
     def put(
-        self, key: CacheKey, selection: Selection, model_name: str, *, num_examples: int = 0
+        self,
+        key: CacheKey,
+        selection: Selection,
+        model_name: str,
+        *,
+        num_examples: int = 0,
+        reuse: Reuse | None = None,
     ) -> CacheEntry:
         """Store a selection, then remove the least recently used entries beyond the byte budget.
 
@@ -185,7 +204,10 @@ class SubNetCache:
             "model_name": model_name,
             "created_s": repr(time.time()),
             _NUM_EXAMPLES: str(num_examples),
+            "num_units": str(selection.num_units),
         }
+        if reuse is not None:
+            header |= {_REUSED_TASK: reuse.task, _REUSE_OVERLAP: repr(reuse.overlap)}
         path = self._path(key)
         replaced = None
         with contextlib.suppress(SelectionError):  # damaged, or none
@@ -193,6 +215,7 @@ class SubNetCache:
         selection.save(path, header)
         if replaced is not None:
             compact_store.remove(self.compact_folder, replaced)
+        self._remove_old_formats()
         self.prune(self.max_bytes, keep=path)
         return self._read_entry(path)
 
@@ -214,7 +237,7 @@ class SubNetCache:
         """Return every readable entry, most recently used first."""
         found = []
         for path in self._files():
-            with contextlib.suppress(CacheError):
+            with contextlib.suppress(CacheError):  # verify reports it
                 found.append(self._read_entry(path))
         return sorted(found, key=lambda entry: -entry.last_used_s)
 
@@ -240,8 +263,10 @@ class SubNetCache:
 
     def find_overlapping(
         self, key: CacheKey, selection: Selection, threshold: float
-    ) -> tuple[str, float, Selection] | None:
+    ) -> tuple[Reuse, Selection] | None:
         """Return the cached sub-network that shares the most units with a selection.
+
+        An entry that turns out to be damaged is moved aside, as in ``get``.
 
         Args:
             key: what the selection is for; only entries that differ in nothing but the task count.
@@ -249,16 +274,20 @@ class SubNetCache:
             threshold: the smallest share of units in common, mean over layers.
 
         Returns:
-            (task, overlap, selection) of the nearest entry, or None if none is that near.
+            The nearest entry's task and selection, or None if none is that near.
         """
-        best: tuple[str, float, Selection] | None = None
+        best: tuple[Reuse, Selection] | None = None
         for entry in self.entries():
             if dataclasses.replace(entry.key, task=key.task) != key:
                 continue
-            other = entry.load()
-            overlap = cast(float, selection.overlap(other).mean().item())
-            if overlap >= threshold and (best is None or overlap > best[1]):
-                best = (entry.key.task, overlap, other)
+            try:
+                other = entry.load()
+                overlap = selection.mean_overlap(other)
+            except SelectionError as error:
+                self._quarantine(entry.path, str(error))
+                continue
+            if overlap >= threshold and (best is None or overlap > best[0].overlap):
+                best = Reuse(entry.key.task, overlap), other
         return best
 
     def remove(self, entry: CacheEntry) -> None:
@@ -297,6 +326,7 @@ class SubNetCache:
 
     def verify(self) -> list[str]:
         """Read every entry whole, move damaged ones aside, return one line for each of those."""
+        self._remove_old_formats()
         problems = []
         for path in self._files():
             try:
@@ -312,6 +342,15 @@ class SubNetCache:
     def _path(self, key: CacheKey) -> Path:
         return self.folder / f"{key.digest}{_SUFFIX}"
 
+    def _remove_old_formats(self) -> None:
+        """Delete entries of older versions, which are selected anew when they are asked for."""
+        for path in self._files():
+            with contextlib.suppress(ValueError, OSError):  # damaged ones are verify's to report
+                header = load_arrays(path)[1]
+                if header.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+                    path.unlink()
+                    path.with_name(f".{path.stem}.lock").unlink(missing_ok=True)
+
     def _files(self) -> list[Path]:
         return sorted(p for p in self.folder.glob(f"*{_SUFFIX}") if not p.name.startswith("."))
 
@@ -320,7 +359,7 @@ class SubNetCache:
         with contextlib.suppress(OSError):  # another process may have moved it first
             target.parent.mkdir(exist_ok=True)
             path.replace(target)
-        self._on_warning(f"moved a damaged cache entry to {target}: {reason}")
+        logger.warning("moved a damaged cache entry to %s: %s", target, reason)
 
     def _read_entry(self, path: Path) -> CacheEntry:
         try:
@@ -340,7 +379,14 @@ class SubNetCache:
                 size_bytes=status.st_size,
                 path=path,
                 requantization_error=None if error is None else float(error),
-                num_examples=int(header.get(_NUM_EXAMPLES, "0")),  # older entries have none
+                num_examples=int(header[_NUM_EXAMPLES]),
+                reuse=_reuse(header),
             )
         except (ValueError, KeyError, OSError) as error:
             raise CacheError(f"{path} is not a cache entry: {error}") from error
+
+
+def _reuse(header: dict[str, str]) -> Reuse | None:
+    if _REUSED_TASK not in header:
+        return None
+    return Reuse(header[_REUSED_TASK], float(header[_REUSE_OVERLAP]))

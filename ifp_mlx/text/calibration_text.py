@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ifp_mlx.selection.calibration import CalibrationExample
-from ifp_mlx.text.examples import ChatTokenizer
+from ifp_mlx.storage.tokenizer import ChatTokenizer
 from ifp_mlx.text.records import (
     BadLines,
     check_document,

@@ -6,13 +6,14 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ifp_mlx.errors import DataError
 from ifp_mlx.storage.files import staged_directory
+from ifp_mlx.storage.tokenizer import ChatTokenizer, chat_ids
 from ifp_mlx.text.hub_records import HubSource
 from ifp_mlx.text.records import (
     BadLines,
@@ -22,19 +23,6 @@ from ifp_mlx.text.records import (
 )
 
 _ARRAYS = ("tokens", "is_target", "spans", "sources", "domains")
-
-
-class ChatTokenizer(Protocol):
-    """What is used of an mlx-lm or transformers tokenizer."""
-
-    eos_token_id: int
-    chat_template: Any
-
-    def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]:
-        """Return the ids of a text."""
-
-    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
-        """Return the ids of a conversation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +184,7 @@ def tokenise_files(
             if not rules.excludes(record):
                 _add_document(builder, len(names) - 1, record["text"], tokenizer, rules)
     if not builder.spans:
-        raise DataError("no training example is left after filtering; check --data and the rules")
+        raise DataError("no training example is left after filtering; check `data` and the rules")
     return builder.build(names, documents)
 
 
@@ -206,19 +194,6 @@ def domain_of(path: Path) -> str:
     if hub is not None:
         return hub.domain
     return path.name.removesuffix(".xz").removesuffix(".jsonl")
-
-
-def chat_ids(tokenizer: ChatTokenizer, messages: list[dict[str, str]]) -> list[int]:
-    """Return a conversation's ids up to where the assistant's next answer begins.
-
-    Without a chat template the contents stand on lines of their own.
-    """
-    if tokenizer.chat_template is None:
-        return tokenizer.encode("\n".join(message["content"] for message in messages) + "\n")
-    ids = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=False
-    )
-    return [int(token) for token in ids]
 
 
 def _add_instruction(

@@ -34,7 +34,7 @@ class BadLines:
         """
         if not self.skip:
             raise DataError(
-                f"{path}:{line_number}: {reason}; fix the line, or pass --skip-bad-lines"
+                f"{path}:{line_number}: {reason}; fix the line, or pass `skip_bad_lines`"
             )
         self.counts[reason] += 1
 

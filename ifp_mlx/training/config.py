@@ -118,7 +118,6 @@ class JointConfig:
         anchor_weight: weight of the warm start's regression, kept as a loss.
         mean_weight: share of the mask gradient's mean over the batch that the predictor gets, 0
             to 1. What all inputs need alike is learned through it; at 0 only what sets them apart.
-        diversity_weight: weight of a loss that pushes the masks of a batch apart.
         l0_weight: weight of HardConcrete's loss on the expected number of open gates.
         max_overlap_rise: collapse alarm: how much the probe batch's overlap may rise.
         probe_every: steps between looks at the probe batch.
@@ -132,7 +131,6 @@ class JointConfig:
     eps_end: float = 0.3
     anchor_weight: float = 0.05
     mean_weight: float = 1.0
-    diversity_weight: float = 0.0
     l0_weight: float = 1.0
     max_overlap_rise: float = 0.15
     probe_every: int = 25
@@ -147,13 +145,11 @@ class DistillationConfig:
         weight: of the KL divergence beside the cross-entropy; 0 switches it off.
         teacher: an adapter of the base model, such as a run with mask ``none`` leaves; None is
             the base model as it is.
-        top_tokens: how many of the teacher's most likely tokens count; 0 is all.
         temperature: of both distributions.
     """
 
     weight: float = 0.0
     teacher: str | None = None
-    top_tokens: int = 0
     temperature: float = 1.0
 
 
@@ -229,7 +225,7 @@ class TrainingConfig:
         if not 0 <= self.joint.mean_weight <= 1:
             raise ConfigError("joint.mean_weight must be between 0 and 1")
         if self.distillation.teacher is not None and not self.distillation.weight:
-            raise ConfigError("a teacher needs a weight: --distillation W, or distillation.weight")
+            raise ConfigError("a teacher needs a weight: `distillation`")
         if self.optimizer.learning_rate <= 0 or self.joint.learning_rate < 0:
             raise ConfigError("learning rates must be positive")
 

@@ -7,6 +7,7 @@ import mlx.nn as nn
 
 from ifp_mlx.training.config import DistillationConfig
 from ifp_mlx.training.schedule import Batch
+from ifp_mlx.units.modules import trunk
 
 _CHUNK_POSITIONS = 4096
 """Logits of so many positions exist at once, whatever the batch: the vocabulary is wide."""
@@ -51,7 +52,7 @@ def training_loss(
 
 def _target_states(model: nn.Module, batch: Batch) -> mx.array:
     """Return the (N, D) normed hidden states at the batch's loss positions."""
-    hidden = model.model(batch.token_ids)  # (B, T, D)
+    hidden = trunk(model)(batch.token_ids)  # (B, T, D)
     picked: mx.array = hidden.reshape(-1, hidden.shape[-1])[batch.positions]
     return picked
 
@@ -77,22 +78,14 @@ def distillation_loss(
 ) -> mx.array:
     """Return the weighted KL divergence from the teacher's distribution to the student's.
 
-    With ``top_tokens`` set, both are restricted to the teacher's most likely tokens and
-    renormalised over them: cheaper in memory, but nothing then keeps the student's probability
-    away from all other tokens.
-
     Args:
         logits: (N, V) of the student.
         teacher_logits: (N, V) of the teacher; no gradient flows into it.
         weights: (N,) float32.
-        config: top_tokens and temperature.
+        config: temperature.
     """
     student = _softened(logits, config.temperature)
     teacher = _softened(mx.stop_gradient(teacher_logits), config.temperature)
-    if 0 < config.top_tokens < teacher.shape[-1]:
-        top = mx.argpartition(-teacher, config.top_tokens - 1, axis=-1)[:, : config.top_tokens]
-        student = mx.take_along_axis(student, top, axis=-1)
-        teacher = mx.take_along_axis(teacher, top, axis=-1)
     # log(p / q) = (teacher - student) - (their normalisers' difference): few (N, V) arrays.
     likely = mx.softmax(teacher, axis=-1)
     normalisers = mx.logsumexp(teacher, axis=-1) - mx.logsumexp(student, axis=-1)

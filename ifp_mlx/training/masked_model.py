@@ -9,7 +9,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ifp_mlx.errors import TrainingError
 from ifp_mlx.training.config import TrainingConfig
 from ifp_mlx.training.optimizer import FlatLayout, trainable
-from ifp_mlx.units import ffn
+from ifp_mlx.units.masks import MaskedDown, down_part, set_unit_masks, with_unit_masks
+from ifp_mlx.units.modules import clone_module, module_at, unit_layers
 
 
 class MaskedModel:
@@ -25,7 +26,7 @@ class MaskedModel:
         self.dtype = training_dtype(config)
         self._base = model
         self._lora_scale = config.lora.scale
-        module = ffn.clone_module(model)
+        module = clone_module(model)
         if config.lora.rank:
             _add_lora(module, config)
         else:
@@ -42,8 +43,8 @@ class MaskedModel:
             [parameters[name] for name in self._plain_layout.names]
         )
         module.set_dtype(self.dtype)
-        self.module = ffn.with_unit_masks(module) if config.mask != "none" else module
-        down = ffn.ffn_layout(model.args.model_type).down
+        self.module = with_unit_masks(module) if config.mask != "none" else module
+        down = down_part(model).path
         masked_names = tuple(
             _masked_name(name, down) if config.mask != "none" else name
             for name in self._plain_layout.names
@@ -56,7 +57,7 @@ class MaskedModel:
         """Put weights (in the layout's order) and masks in place; return the module."""
         self.layout.install(self.module, tensors)
         if masks is not None:
-            ffn.set_unit_masks(self.module, masks)
+            set_unit_masks(self.module, masks)
         return self.module
 
     def cast(self, weights: mx.array) -> list[mx.array]:
@@ -117,7 +118,9 @@ def _masked_name(name: str, down: str) -> str:
 
 def _checkpoint_ffn(module: nn.Module) -> None:
     """Recompute each layer's FFN in the backward pass: its activations are the widest."""
-    for ffn_module in ffn.ffn_modules(module):
+    ffn = down_part(module).path.rpartition(".")[0]
+    for layer in unit_layers(module).values():
+        ffn_module = module_at(layer, ffn)
         ffn_module.__class__ = _checkpointed_class(type(ffn_module))
 
 
@@ -125,12 +128,12 @@ def _checkpointed_class(kind: type[nn.Module]) -> type[nn.Module]:
     """Return a subclass whose call keeps only its inputs for the backward pass."""
 
     def call(self: nn.Module, x: mx.array) -> mx.array:
-        masks = [child._mask for child in self.values() if isinstance(child, ffn.MaskedDown)]
+        masks = [child._mask for child in self.values() if isinstance(child, MaskedDown)]
 
         def run(parameters: Any, masks: list[mx.array | None], x: mx.array) -> mx.array:
             self.update(parameters)
             for child in self.values():
-                if isinstance(child, ffn.MaskedDown):
+                if isinstance(child, MaskedDown):
                     child._mask = masks[0]
             return kind.__call__(self, x)  # type: ignore[no-any-return]
 

@@ -14,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ifp_mlx.errors import TrainingError
-from ifp_mlx.selection.masks import hard_concrete, hard_concrete_l0, soft_top_k, top_k_mask
 from ifp_mlx.selection.predictor import PredictorHead
+from ifp_mlx.selection.top_k import hard_concrete, hard_concrete_l0, soft_top_k, top_k_mask
 from ifp_mlx.training.config import JointConfig, OptimizerConfig
 from ifp_mlx.training.losses import mean_pairwise_overlap
 from ifp_mlx.training.optimizer import AdamW, FlatLayout, learning_rate_at, trainable
+from ifp_mlx.training.run_state import HeadState
 
 _ANCHOR_BATCH = 64
 
@@ -118,6 +119,12 @@ class PredictorTrainer:
         mx.async_eval(self.state.weights, self.state.first, self.state.second)
         self.install()
 
+    def adopt(self, state: HeadState) -> None:
+        """Go on from where a checkpoint was written."""
+        self.state, self.frozen = state.state, state.frozen
+        self.rollbacks, self.start_overlap = state.rollbacks, state.start_overlap
+        self.install()
+
     def install(self) -> None:
         """Put the optimizer's weights into the head."""
         self.layout.install(self.head, self.layout.split(self.state.weights))
@@ -192,9 +199,6 @@ class PredictorTrainer:
             soft = soft_top_k(scores, keep_units, eps)
         # The gradient of the model's loss, carried over to the scores.
         loss = loss + (mx.stop_gradient(mask_gradient) * soft).sum()
-        if self.config.diversity_weight and scores.shape[0] > 1:
-            overlap = mean_pairwise_overlap(soft, keep_units).mean()
-            loss = loss + share * self.config.diversity_weight * overlap
         anchor_loss = mx.array(0.0)
         if self._anchor is not None:
             anchor_loss = (self.head(anchor_features) - anchor_targets).square().mean()

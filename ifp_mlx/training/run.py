@@ -12,13 +12,12 @@ import numpy as np
 
 from ifp_mlx.adapters.adapter import load_adapter, save_adapter
 from ifp_mlx.errors import ConfigError, DataError, TrainingError, UsageError
-from ifp_mlx.storage.checkpoint import load_model, load_tokenizer
 from ifp_mlx.storage.files import write_bytes_atomically
+from ifp_mlx.storage.tokenizer import ChatTokenizer, chat_ids, load_tokenizer
+from ifp_mlx.storage.weights import load_model
 from ifp_mlx.text.examples import (
-    ChatTokenizer,
     ExampleRules,
     ExampleSet,
-    chat_ids,
     tokenise_files,
 )
 from ifp_mlx.text.records import BadLines
@@ -27,7 +26,7 @@ from ifp_mlx.training.masked_model import training_dtype
 from ifp_mlx.training.schedule import make_schedule
 from ifp_mlx.training.trainer import Report, Trainer
 from ifp_mlx.training.warm_start import WarmStart, make_warm_start
-from ifp_mlx.units import ffn
+from ifp_mlx.units.modules import clone_module, unit_shape
 
 LOG = "log.jsonl"
 
@@ -84,7 +83,7 @@ def run_training(
     if resume and not (output / "config.json").is_file():
         raise UsageError(f"{output} holds no run to resume")
     if not resume and is_writer and output.exists() and any(output.iterdir()):
-        raise UsageError(f"{output} is not empty; choose another folder or pass --resume")
+        raise UsageError(f"{output} is not empty; choose another folder or pass `resume`")
     folder = Path(config.model)
     model, _ = load_model(folder, mx.float32)
     _check_fit(config, model)
@@ -134,7 +133,7 @@ def run_training(
 
 
 def _check_fit(config: TrainingConfig, model: nn.Module) -> None:
-    num_units = ffn.num_units(model)
+    num_units = unit_shape(model).num_units
     if config.mask != "none" and max(config.keep_units) >= num_units:
         raise ConfigError(
             f"keep_units = {max(config.keep_units)} must be below the model's {num_units} units"
@@ -182,7 +181,7 @@ def _warm_start(
     if saved.is_dir():
         return WarmStart.load(saved)
     steps = make_schedule(examples, config)
-    reader = ffn.clone_module(model)
+    reader = clone_module(model)
     reader.set_dtype(training_dtype(config))
     return make_warm_start(
         reader,

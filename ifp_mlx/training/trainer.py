@@ -20,10 +20,10 @@ from ifp_mlx.training.losses import training_loss
 from ifp_mlx.training.masked_model import MaskedModel
 from ifp_mlx.training.optimizer import AdamW, learning_rate_at
 from ifp_mlx.training.predictor_step import Anchor, PredictorTrainer, centred
-from ifp_mlx.training.run_state import load_run_state, save_run_state
+from ifp_mlx.training.run_state import HeadState, RunState
 from ifp_mlx.training.schedule import Batch, Step, example_weights, make_batch, make_schedule
 from ifp_mlx.training.warm_start import WarmStart
-from ifp_mlx.units import ffn
+from ifp_mlx.units.modules import clone_module
 
 _PROBE_EXAMPLES = 64
 _LOG_EVERY = 10
@@ -103,7 +103,7 @@ class Trainer:
             TrainingError: the loss is not a number or the masks collapsed, with the step.
         """
         if resume and self._checkpoint_folder is not None:
-            load_run_state(self, self._checkpoint_folder)
+            self._adopt(RunState.load(self._checkpoint_folder, self.config.digest()))
         started = time.perf_counter()
         tokens_before = sum(step.num_tokens for step in self.steps[: self.step_number])
         all_tokens = sum(step.num_tokens for step in self.steps)
@@ -232,14 +232,30 @@ class Trainer:
     def reader_features(self, token_ids: mx.array, lengths: mx.array) -> mx.array:
         """Return the predictor's (B, 2 D) features of instructions outside the training text."""
         if self._reader is None:
-            self._reader = ffn.clone_module(self._base)
+            self._reader = clone_module(self._base)
             self._reader.set_dtype(self.masked.dtype)
         return reader_features(self._reader, token_ids, lengths)
 
     def checkpoint(self) -> None:
         """Write everything that a resumed run needs."""
         if self._checkpoint_folder is not None and self._group.rank() == 0:
-            save_run_state(self, self._checkpoint_folder)
+            self._run_state().save(self._checkpoint_folder)
+
+    def _run_state(self) -> RunState:
+        """Return everything that changes in a run."""
+        head = None
+        if self.predictor is not None:
+            predictor = self.predictor
+            head = HeadState(
+                predictor.state, predictor.frozen, predictor.rollbacks, predictor.start_overlap
+            )
+        return RunState(self.config.digest(), self.step_number, self.state, head)
+
+    def _adopt(self, state: RunState) -> None:
+        """Go on from where a checkpoint was written."""
+        self.state, self.step_number = state.model, state.step_number
+        if self.predictor is not None and state.head is not None:
+            self.predictor.adopt(state.head)
 
     def _loss(self, tensors: list[mx.array], masks: mx.array | None, batch: Batch) -> mx.array:
         model = self.masked.set(tensors, masks)
@@ -295,7 +311,7 @@ class Trainer:
         return trainer
 
     def _make_teacher(self, model: nn.Module) -> nn.Module:
-        teacher: nn.Module = ffn.clone_module(model)
+        teacher: nn.Module = clone_module(model)
         teacher.set_dtype(self.masked.dtype)
         return teacher
 

@@ -18,18 +18,20 @@ import numpy.typing as npt
 from mlx.utils import tree_map
 
 from ifp_mlx.errors import DataError, TrainingError
-from ifp_mlx.selection.masks import standardised, top_k_mask
+from ifp_mlx.selection.ffn_statistics import down_column_norms
 from ifp_mlx.selection.predictor import (
     PredictorHead,
     instruction_window,
     pad_right,
     reader_features,
 )
+from ifp_mlx.selection.top_k import standardised, top_k_mask
 from ifp_mlx.storage.files import staged_directory
 from ifp_mlx.text.examples import ExampleSet
 from ifp_mlx.training.config import OptimizerConfig, WarmStartConfig
 from ifp_mlx.training.optimizer import AdamW, FlatLayout, learning_rate_at, trainable
-from ifp_mlx.units import ffn
+from ifp_mlx.units.masks import with_observed_units
+from ifp_mlx.units.modules import clone_module, trunk
 
 Progress = Callable[[dict[str, Any]], None]
 
@@ -96,7 +98,7 @@ class WarmStart:
         def first(array: mx.array) -> mx.array:
             return mx.distributed.all_sum(array * share, group=group)
 
-        head: PredictorHead = ffn.clone_module(self.head)
+        head: PredictorHead = clone_module(self.head)
         head.update(tree_map(first, head.parameters()))
         prior = first(self.prior)
         mx.eval(prior, head.parameters())
@@ -235,7 +237,7 @@ def collect_importance(
         inside = (mx.arange(ids.shape[1]) < lengths[:, None]).astype(mx.float32)
         rows.clear()
         rows.inside = inside[..., None]
-        observed.model(ids)
+        observed(ids)
         scores = np.array(standardised(mx.stack(rows, axis=1)).astype(mx.float16))  # (B, L, F)
         if result is None:
             result = np.zeros((len(sequences), *scores.shape[1:]), dtype=np.float16)
@@ -253,19 +255,17 @@ class _Rows(list[mx.array]):
 
 
 def _observed(model: nn.Module) -> tuple[Any, _Rows]:
-    """Return a copy of the model that appends each layer's log importance to a list."""
+    """Return a copy of the model's trunk that appends each layer's log importance to a list."""
     rows = _Rows()
 
-    def wrap(index: int, down: nn.Module) -> nn.Module:
-        norms = mx.linalg.norm(down.weight.astype(mx.float32), axis=0)
+    norms = down_column_norms(model)  # (L, F)
 
-        def observe(activations: mx.array) -> None:
-            squares = activations.astype(mx.float32).square() * rows.inside
-            rows.append(mx.log(mx.sqrt(squares.sum(axis=1)) * norms + 1e-9))  # over T
+    def observe(activations: mx.array) -> None:
+        squares = activations.astype(mx.float32).square() * rows.inside
+        layer = len(rows)
+        rows.append(mx.log(mx.sqrt(squares.sum(axis=1)) * norms[layer] + 1e-9))  # over T
 
-        return ffn.ObservedDown(down, observe)
-
-    return ffn.with_wrapped_down(model, wrap), rows
+    return trunk(with_observed_units(model, observe)), rows
 
 
 def _fit(

@@ -2,18 +2,20 @@
 
 import importlib
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.nn as nn
 import pytest
 from mlx_lm.generate import stream_generate
 from mlx_lm.sample_utils import make_logits_processors
 
-from ifp_mlx.chat.conversation import Conversation, KVCacheOptions, SamplingOptions
+from ifp_mlx.chat.conversation import Conversation
+from ifp_mlx.chat.sampling import KVCacheOptions, SamplingOptions
 from ifp_mlx.errors import UsageError
-from ifp_mlx.storage import checkpoint
+from ifp_mlx.storage.tokenizer import load_tokenizer
+from ifp_mlx.storage.weights import load_model
 
 Opened = tuple[nn.Module, Any]
 GREEDY = SamplingOptions(max_new_tokens=12)
@@ -23,11 +25,30 @@ PENALIZED = SamplingOptions(max_new_tokens=12, repetition_penalty=1.3)
 @pytest.fixture
 def opened(tiny_checkpoint: Callable[..., Path]) -> Opened:
     folder = tiny_checkpoint()
-    return checkpoint.load_model(folder)[0], checkpoint.load_tokenizer(folder)
+    return load_model(folder)[0], load_tokenizer(folder)
 
 
 def start(opened: Opened, **options: Any) -> Conversation:
     return Conversation(opened[0], opened[1], 512, **options)
+
+
+class Chat:
+    """A conversation and what was said in it, as a caller keeps it."""
+
+    def __init__(self, conversation: Conversation, *messages: dict[str, str]):
+        self.conversation = conversation
+        self.messages = list(messages)
+
+    def ask(self, text: str, sampling: SamplingOptions) -> str:
+        self.messages.append({"role": "user", "content": text})
+        answer = "".join(self.conversation.reply(self.messages, sampling))
+        self.messages.append({"role": "assistant", "content": answer})
+        return answer
+
+
+def ask(conversation: Conversation, text: str, sampling: SamplingOptions) -> str:
+    """The answer to one message that nothing was said before."""
+    return Chat(conversation).ask(text, sampling)
 
 
 def plain_reply(opened: Opened, messages: list[dict[str, str]], **options: Any) -> str:
@@ -37,21 +58,20 @@ def plain_reply(opened: Opened, messages: list[dict[str, str]], **options: Any) 
 
 
 def test_each_turn_says_what_mlx_lm_says_to_the_whole_conversation(opened: Opened) -> None:
-    conversation = start(opened, system_prompt="be brief")
+    chat = Chat(start(opened), {"role": "system", "content": "be brief"})
     for text in ("hello", "and then?", "bye"):
-        messages = [*conversation.messages, {"role": "user", "content": text}]
-        assert "".join(conversation.reply(text, GREEDY)) == plain_reply(opened, messages)
-    assert [m["role"] for m in conversation.messages] == ["system"] + ["user", "assistant"] * 3
+        messages = [*chat.messages, {"role": "user", "content": text}]
+        assert chat.ask(text, GREEDY) == plain_reply(opened, messages)
 
 
 def test_each_turn_is_penalized_as_the_whole_conversation_would_be(opened: Opened) -> None:
-    conversation = start(opened)
+    chat = Chat(start(opened))
     for text in ("hello", "?", "bye"):
-        messages = [*conversation.messages, {"role": "user", "content": text}]
+        messages = [*chat.messages, {"role": "user", "content": text}]
         penalized = plain_reply(
             opened, messages, logits_processors=make_logits_processors(repetition_penalty=1.3)
         )
-        assert "".join(conversation.reply(text, PENALIZED)) == penalized
+        assert chat.ask(text, PENALIZED) == penalized
         assert penalized != plain_reply(opened, messages)
 
 
@@ -61,7 +81,7 @@ def test_a_strong_penalty_lets_no_token_come_again_among_the_last_20(opened: Ope
         conversation = start(opened)
         options = SamplingOptions(max_new_tokens=60, repetition_penalty=penalty)
         list(conversation.complete("hi", options))
-        ids = conversation.kv_token_ids
+        ids = conversation.kv_cache.token_ids
         assert len(ids) >= 60
         return min(j - i for j in range(2, len(ids)) for i in range(j) if ids[i] == ids[j])
 
@@ -83,30 +103,32 @@ def test_the_penalty_reaches_into_what_the_kv_cache_holds(opened: Opened) -> Non
 
 
 def test_a_second_turn_prefills_only_what_is_new(opened: Opened) -> None:
-    conversation = start(opened)
-    list(conversation.reply("hello", GREEDY))
-    first = conversation.stats
-    list(conversation.reply("more", GREEDY))
-    second = conversation.stats
+    chat = Chat(start(opened))
+    chat.ask("hello", GREEDY)
+    first = chat.conversation.stats
+    chat.ask("more", GREEDY)
+    second = chat.conversation.stats
     assert first is not None
     assert second is not None
     assert first.cached_prompt_tokens == 0
     assert second.cached_prompt_tokens >= first.prompt_tokens
 
 
-def test_stopping_keeps_the_partial_answer(opened: Opened) -> None:
+def test_stopping_keeps_what_was_read_and_written(opened: Opened) -> None:
     conversation = start(opened)
-    stream = conversation.reply("hello", GREEDY)
+    question = {"role": "user", "content": "hello"}
+    stream = cast(Generator[str, None, None], conversation.reply([question], GREEDY))
     partial = next(stream) + next(stream)
     stream.close()
-    assert conversation.messages[-1] == {"role": "assistant", "content": partial}
     assert conversation.stats is not None
     assert conversation.stats.finish_reason == "interrupted"
-    messages = [*conversation.messages, {"role": "user", "content": "go on"}]
-    assert "".join(conversation.reply("go on", GREEDY)) == plain_reply(opened, messages)
+    chat = Chat(conversation, question, {"role": "assistant", "content": partial})
+    messages = [*chat.messages, {"role": "user", "content": "go on"}]
+    assert chat.ask("go on", GREEDY) == plain_reply(opened, messages)
+    assert conversation.stats.cached_prompt_tokens > 0
 
 
-def test_a_question_without_an_answer_is_taken_back(
+def test_a_reply_without_a_token_has_no_statistics(
     opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: Any, **__: Any) -> Iterator[None]:
@@ -116,48 +138,48 @@ def test_a_question_without_an_answer_is_taken_back(
     monkeypatch.setattr(importlib.import_module("mlx_lm.generate"), "stream_generate", interrupted)
     conversation = start(opened)
     with pytest.raises(KeyboardInterrupt):
-        list(conversation.reply("hello", GREEDY))
-    assert conversation.messages == []
+        ask(conversation, "hello", GREEDY)
+    assert conversation.stats is None
 
 
 def test_dropped_turns_leave_no_trace(opened: Opened) -> None:
-    conversation = start(opened)
+    chat = Chat(start(opened))
     for text in ("one", "two", "three"):
-        list(conversation.reply(text, GREEDY))
-    assert conversation.drop_last_turn() == {"role": "user", "content": "three"}
-    assert conversation.drop_first_turn() == {"role": "user", "content": "one"}
-    messages = [*conversation.messages, {"role": "user", "content": "four"}]
-    assert "".join(conversation.reply("four", GREEDY)) == plain_reply(opened, messages)
-    conversation.clear()
-    assert conversation.messages == []
-    assert conversation.drop_last_turn() is None
-    assert conversation.drop_first_turn() is None
+        chat.ask(text, GREEDY)
+    del chat.messages[-2:]
+    del chat.messages[:2]
+    messages = [*chat.messages, {"role": "user", "content": "four"}]
+    assert chat.ask("four", GREEDY) == plain_reply(opened, messages)
 
 
-def test_switching_models_answers_with_the_new_one(
+def test_switching_models_goes_on_from_what_was_read(
     opened: Opened, tiny_model: Callable[..., nn.Module]
 ) -> None:
     other = tiny_model("llama", vocab_size=264, rope_theta=500.0)
-    conversation = start(opened)
-    list(conversation.reply("hello", GREEDY))
-    conversation.switch(other, rebuild_kv=True)
-    messages = [*conversation.messages, {"role": "user", "content": "more"}]
-    expected = plain_reply((other, opened[1]), messages)
-    assert "".join(conversation.reply("more", GREEDY)) == expected
+    chat = Chat(start(opened))
+    chat.ask("hello", GREEDY)
+    read = len(chat.conversation.kv_cache.token_ids)
+    chat.conversation.switch(other)
+    answer = chat.ask("more", GREEDY)
+    assert chat.conversation.stats is not None
+    assert chat.conversation.stats.cached_prompt_tokens >= read - 1
+    anew = Conversation(other, opened[1], 512)
+    first = anew.reply(chat.messages[:-1], GREEDY)
+    assert answer != "".join(first)  # keys and values of the former model are in use
 
 
 def test_one_seed_draws_the_same_words(opened: Opened) -> None:
     def draw(seed: int) -> str:
         options = SamplingOptions(max_new_tokens=20, temperature=1.0, seed=seed)
-        return "".join(start(opened).reply("hello", options))
+        return ask(start(opened), "hello", options)
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
 
 
 def test_greedy_ignores_the_seed(opened: Opened) -> None:
-    first = "".join(start(opened).reply("hi", SamplingOptions(max_new_tokens=9, seed=1)))
-    second = "".join(start(opened).reply("hi", SamplingOptions(max_new_tokens=9, seed=2)))
+    first = ask(start(opened), "hi", SamplingOptions(max_new_tokens=9, seed=1))
+    second = ask(start(opened), "hi", SamplingOptions(max_new_tokens=9, seed=2))
     assert first == second
 
 
@@ -178,49 +200,49 @@ def test_generation_stops_at_an_end_token(opened: Opened) -> None:
 
 def test_the_reply_ends_where_the_context_does(opened: Opened) -> None:
     conversation = Conversation(opened[0], opened[1], 60)
-    list(conversation.reply("hello", SamplingOptions(max_new_tokens=500)))
+    ask(conversation, "hello", SamplingOptions(max_new_tokens=500))
     assert conversation.stats is not None
     assert conversation.stats.prompt_tokens + conversation.stats.generated_tokens <= 60
 
 
 def test_a_prompt_beyond_the_context_is_refused(opened: Opened) -> None:
     with pytest.raises(UsageError, match=r"the prompt has \d+ tokens, the model's context 512"):
-        list(start(opened).reply("x" * 600, GREEDY))
+        ask(start(opened), "x" * 600, GREEDY)
 
 
 def test_a_rotating_cache_takes_more_than_the_context(opened: Opened) -> None:
     conversation = start(opened, kv_options=KVCacheOptions(max_kv_size=64))
-    assert "".join(conversation.reply("x" * 600, GREEDY))
-    assert "".join(conversation.reply("again", GREEDY))
+    assert ask(conversation, "x" * 600, GREEDY)
+    assert ask(conversation, "again", GREEDY)
 
 
 def test_a_quantized_kv_cache_answers(tiny_checkpoint: Callable[..., Path]) -> None:
     folder = tiny_checkpoint(hidden_size=128)
-    wide = checkpoint.load_model(folder)[0], checkpoint.load_tokenizer(folder)
+    wide = load_model(folder)[0], load_tokenizer(folder)
     options = KVCacheOptions(kv_bits=8, kv_group_size=32)
-    assert "".join(start(wide, kv_options=options).reply("hello", GREEDY))
+    assert ask(start(wide, kv_options=options), "hello", GREEDY)
 
 
 def test_a_kv_group_that_does_not_divide_the_heads_is_refused(opened: Opened) -> None:
     options = KVCacheOptions(kv_bits=8, kv_group_size=32)
-    with pytest.raises(UsageError, match="--kv-bits needs heads of a multiple of 32"):
-        list(start(opened, kv_options=options).reply("hello", GREEDY))
+    with pytest.raises(UsageError, match="`kv_bits` needs heads of a multiple of 32"):
+        start(opened, kv_options=options)
 
 
 @pytest.mark.parametrize("text", ["", "  \n\t"])
 def test_an_empty_prompt_is_refused(opened: Opened, text: str) -> None:
     with pytest.raises(UsageError, match="the prompt is empty"):
-        list(start(opened).reply(text, GREEDY))
+        ask(start(opened), text, GREEDY)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": 0}, "--max-tokens must be at least 1"),
-        ({"temperature": -1.0}, "--temp must be 0 or more"),
-        ({"top_p": 1.5}, "--top-p must be between 0 and 1"),
-        ({"repetition_penalty": 0.0}, "--repetition-penalty must be a number above 0, not 0"),
-        ({"repetition_penalty": -1.5}, "--repetition-penalty must be a number above 0, not -1.5"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` must be at least 1"),
+        ({"temperature": -1.0}, "`temperature` must be 0 or more"),
+        ({"top_p": 1.5}, "`top_p` must be between 0 and 1"),
+        ({"repetition_penalty": 0.0}, "`repetition_penalty` must be a number above 0, not 0"),
+        ({"repetition_penalty": -1.5}, "`repetition_penalty` must be a number above 0, not -1.5"),
         ({"repetition_penalty": float("nan")}, "must be a number above 0, not nan"),
         ({"repetition_penalty": float("inf")}, "must be a number above 0, not inf"),
     ],

@@ -256,13 +256,28 @@ def test_chat_new_message_replaces_one_without_a_reply(
     assert contents == ["another one", words]
 
 
-def test_chat_lossless_says_what_the_dense_model_says(ifp: Run, small_model: Path) -> None:
-    script = "hello\nand then?\n/keep 64\nonce more\n/dense\nlast\n/dense off\nreally last\n"
-    arguments = ("chat", "--model", small_model, "-m", "12", "--no-save")
-    dense = ifp(*arguments, "--dense", stdin="hello\nand then?\nonce more\nlast\nreally last\n")
-    checked = ifp(*arguments, "--lossless", stdin=script)
-    assert checked.code == 0, checked.stderr
-    assert checked.stdout == dense.stdout
+@pytest.mark.parametrize("pieces", [[], ["Alpha", " bravo"]], ids=["nothing", "a beginning"])
+def test_chat_records_an_answer_as_far_as_it_came(
+    ifp: Run, word_model: Path, home: Path, monkeypatch: pytest.MonkeyPatch, pieces: list[str]
+) -> None:
+    from ifp_mlx.chat.conversation import Conversation
+    from ifp_mlx.chat.session import Session
+    from ifp_mlx.errors import ResourceError
+
+    def reply(self: Conversation, messages: Any, sampling: object) -> Any:
+        assert [message["content"] for message in messages] == ["be brief", "hello"]
+        yield from pieces
+        raise ResourceError("no memory")
+
+    monkeypatch.setattr(Conversation, "reply", reply)
+    arguments = ("--model", word_model, "--session", "cut", "--system-prompt", "be brief")
+    outcome = ifp("chat", *arguments, stdin="hello\n")
+    assert outcome.code == 1
+    assert outcome.stdout.strip() == "".join(pieces)
+    messages = Session.load(home / "sessions", "cut").messages
+    # A question that got no answer at all is taken back.
+    expected = ["hello", "Alpha bravo"] if pieces else []
+    assert [message["content"] for message in messages] == expected
 
 
 def test_chat_drift_suggests_to_reselect(ifp: Run, small_model: Path) -> None:
@@ -273,19 +288,6 @@ def test_chat_drift_suggests_to_reselect(ifp: Run, small_model: Path) -> None:
     assert "/retask reselects" in suggested.stderr
     silent = ifp(*arguments, "--drift", "0.01", stdin=script)
     assert "other units" not in silent.stderr
-
-
-def test_chat_auto_retask_reselects(ifp: Run, small_model: Path) -> None:
-    arguments = ("chat", "--model", small_model, "-m", "3", "--task", "write words", "--no-save")
-    outcome = ifp(*arguments, "--drift", "1", "--auto-retask", stdin="hello\n0123 9876\n")
-    assert "this message selects other units (overlap 0." in outcome.stderr
-    assert "selected 128 of 192 FFN units for this prompt" in outcome.stderr
-
-
-def test_chat_auto_retask_needs_drift(ifp: Run) -> None:
-    outcome = ifp("chat", "--auto-retask")
-    assert outcome.code == 2
-    assert "--auto-retask needs --drift" in outcome.stderr
 
 
 def test_chat_resume_takes_other_flags_over_its_own(

@@ -7,7 +7,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from ifp_mlx.storage import checkpoint
+from ifp_mlx.storage import weights
+from ifp_mlx.storage.arrays import load_arrays
 
 Run = Callable[..., Any]
 
@@ -59,19 +60,21 @@ def test_cache_show_takes_the_beginning_of_a_key(filled: Run) -> None:
 def test_cache_show_tells_the_error_of_quantizing_again(
     ifp: Run, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "automatic_dtype", lambda model: None)  # as on a GPU
+    monkeypatch.setattr(weights, "automatic_dtype", lambda model: None)  # as on a GPU
     packed = tmp_path / "packed"
     ifp("quantize", small_model, "-o", packed, "--bits", "4", "--group-size", "32")
     added = ifp("cache", "add", "write words", "--model", packed, "--keep-units", "64")
     record = json.loads(ifp("cache", "show", "write words", "--json").stdout)
     squares = np.zeros(2)
-    indices = np.array(mx.load(record["path"])["indices"])
-    arrays = mx.load(str(packed / "model.safetensors"))
+    indices = np.array(load_arrays(Path(record["path"]))[0]["ffn"])
+    arrays = load_arrays(packed / "model.safetensors")[0]
     for layer, units in enumerate(indices):
         name = f"model.layers.{layer}.mlp.down_proj"
-        parts = [arrays[f"{name}.{part}"] for part in ("weight", "scales", "biases")]
-        columns = np.array(mx.dequantize(*parts, group_size=32, bits=4))[:, units]
-        again = mx.dequantize(*mx.quantize(mx.array(columns), 32, 8), group_size=32, bits=8)
+        weight, scales, biases = (arrays[f"{name}.{p}"] for p in ("weight", "scales", "biases"))
+        dense = mx.dequantize(weight, scales, biases, group_size=32, bits=4)
+        columns = np.array(dense)[:, units]
+        weight, scales, biases = mx.quantize(mx.array(columns), 32, 8)
+        again = mx.dequantize(weight, scales, biases, group_size=32, bits=8)
         squares += ((np.array(again) - columns) ** 2).sum(), (columns**2).sum()
     error = np.sqrt(squares[0] / squares[1])
     assert 0 < record["requantization_error"] == pytest.approx(error, rel=1e-4)
@@ -95,6 +98,25 @@ def test_cache_add_prints_the_entry(ifp: Run, small_model: Path) -> None:
     assert "cache hit" in again.stderr
 
 
+def test_a_reused_sub_network_is_remembered_for_its_own_task(ifp: Run, small_model: Path) -> None:
+    def generate(task: str) -> str:
+        arguments = ("--model", small_model, "--keep-units", "64", "-m", "1", "--reuse", "0.01")
+        return str(ifp("generate", "Go", "--task", task, *arguments).stderr)
+
+    assert 'selected 64 of 192 FFN units for "write words"' in generate("write words")
+    line = 'reused "write words" for "write a word" (overlap 0.'
+    assert line in generate("write a word")
+    assert line in generate("write a word")
+    added = ifp("cache", "add", "write a word", "--model", small_model, "--keep-units", "64",
+                "--json")  # fmt: skip
+    record = json.loads(added.stdout)
+    assert (record["task"], record["reused_task"]) == ("write a word", "write words")
+    assert 0 < record["reuse_overlap"] < 1
+    assert '"write words" (overlap 0.' in ifp("cache", "show", "write a word").stdout
+    alone = json.loads(ifp("cache", "show", "write words", "--json").stdout)
+    assert (alone["reused_task"], alone["reuse_overlap"]) == (None, None)
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -116,7 +138,7 @@ def test_cache_add_with_examples_selects_anew_from_them_too(
 
     def indices() -> Any:
         record = json.loads(ifp("cache", "show", "write words", "--json").stdout)
-        return np.array(mx.load(record["path"])["indices"]), record["num_examples"]
+        return np.array(load_arrays(Path(record["path"]))[0]["ffn"]), record["num_examples"]
 
     def weights() -> list[Path]:
         return sorted(Path(ifp("cache", "path").stdout.strip()).glob("weights/*/*.safetensors"))

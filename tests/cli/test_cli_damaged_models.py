@@ -30,9 +30,9 @@ def without_width(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def of_experts(folder: Path) -> None:
+def of_another_family(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "mixtral"}))
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
 
 
 def with_code(folder: Path) -> None:
@@ -62,7 +62,7 @@ def pickled(folder: Path) -> None:
         (without_config, "config.json"),
         (truncated, "model.safetensors"),
         (without_width, "intermediate_size"),
-        (of_experts, "'mixtral' is not supported; these are:"),
+        (of_another_family, "'mamba' is not supported; these are:"),
         (with_code, "model_file"),
         (not_a_number, "not numbers (NaN or infinity)"),
         (pickled, "pickle"),

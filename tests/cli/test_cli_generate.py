@@ -63,8 +63,8 @@ def test_generate_joins_prompt_and_piped_text(
 
     asked: list[str] = []
 
-    def reply(self: Conversation, text: str, sampling: object) -> Any:
-        asked.append(text)
+    def reply(self: Conversation, messages: Any, sampling: object) -> Any:
+        asked.extend(message["content"] for message in messages)
         yield "ok"
 
     monkeypatch.setattr(Conversation, "reply", reply)
@@ -95,9 +95,10 @@ def test_generate_json_has_answer_and_statistics(ifp: Run, word_model: Path, wor
 
 def test_generate_says_what_keep_was_rounded_to(ifp: Run, word_model: Path) -> None:
     outcome = ifp("generate", "hello", "--model", word_model, "--keep", "0.5")
-    assert "--keep 0.5 is 128 of 192 units (0.667), the nearest multiple of 64" in outcome.stderr
+    rounded = "--keep 0.5 is 128 of 192 FFN units (0.667), the nearest that can be kept"
+    assert rounded in outcome.stderr
     exact = ifp("generate", "hello", "--model", word_model, "--keep", "1")
-    assert "nearest multiple" not in exact.stderr
+    assert "nearest" not in exact.stderr
 
 
 def test_generate_dense_uses_every_unit(ifp: Run, word_model: Path) -> None:
@@ -138,8 +139,8 @@ def test_generate_seed_makes_sampling_repeatable(ifp: Run, small_model: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "code", "part"),
     [
-        (["--keep-units", "0"], 2, "--keep-units must be between 64 and 192, not 0"),
-        (["--keep-units", "256"], 2, "--keep-units must be between 64 and 192, not 256"),
+        (["--keep-units", "0"], 2, "--keep-units must be between 64 and 192 FFN units, not 0"),
+        (["--keep-units", "256"], 2, "--keep-units must be between 64 and 192 FFN units, not 256"),
         (["--keep-units", "100"], 2, "nearest to 100: 64 or 128"),
         (["--keep", "0"], 2, "--keep must be above 0"),
         (["--keep", "1.5"], 2, "--keep must be above 0 and at most 1"),
@@ -224,23 +225,3 @@ def test_generate_interrupted_keeps_the_partial_answer(endless_model: Path, tmp_
     assert (begun + rest).decode().startswith("Alpha bravo **charlie** ")
     assert b"interrupted" in errors
     assert b"Traceback" not in errors
-
-
-def test_generate_lossless_says_what_the_dense_model_says(
-    ifp: Run, small_model: Path, prompts: list[str]
-) -> None:
-    for prompt in prompts[:3]:
-        arguments = ("generate", prompt, "--model", small_model, "-m", "20", "--json")
-        dense = json.loads(ifp(*arguments, "--dense").stdout)
-        checked = json.loads(ifp(*arguments, "--lossless", "--keep-units", "128").stdout)
-        assert checked["answer"] == dense["answer"]
-        assert checked["num_kept_units"] == 128
-        assert 0 <= checked["accepted_tokens"] <= checked["drafted_tokens"]
-    shown = ifp("generate", "hi", "--model", small_model, "-m", "20", "--lossless", "--stats")
-    assert "of the drafted tokens accepted" in shown.stderr
-
-
-def test_generate_lossless_needs_a_sub_network(ifp: Run, word_model: Path) -> None:
-    outcome = ifp("generate", "hi", "--model", word_model, "--lossless", "--dense")
-    assert outcome.code == 2
-    assert "leave out --dense" in outcome.stderr

@@ -3,7 +3,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
+
+from ifp_mlx.storage.arrays import load_arrays
 
 Run = Callable[..., Any]
 TASKS = ("write words", "write a word", "count the number of 12345")
@@ -44,6 +47,19 @@ def test_tasks_shows_a_tree(filled: Run) -> None:
     assert "family 1, overlap 0." in text
     for task in TASKS:
         assert task in text
+
+
+def test_tasks_leaves_out_a_damaged_entry(filled: Run) -> None:
+    damaged = Path(json.loads(filled("cache", "show", "write words", "--json").stdout)["path"])
+    arrays, header = load_arrays(damaged)
+    mx.eval(arrays)
+    beyond = {name: indices + 1000 for name, indices in arrays.items()}
+    mx.save_safetensors(str(damaged), beyond, header)
+    outcome = filled("tasks")
+    assert outcome.code == 0
+    assert f"left out {damaged.name}: " in outcome.stderr
+    assert "write a word" in outcome.stdout
+    assert "write words" not in outcome.stdout
 
 
 def test_tasks_draws_a_picture(filled: Run, tmp_path: Path) -> None:

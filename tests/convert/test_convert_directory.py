@@ -4,7 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,10 +13,12 @@ from mlx.utils import tree_flatten
 
 from ifp_mlx.convert.conversion import convert_checkpoint
 from ifp_mlx.errors import CheckpointError, ResourceError, UsageError
-from ifp_mlx.slicing.unit_file import side_file_is_current
-from ifp_mlx.storage.checkpoint import load_model, load_tokenizer, read_config
+from ifp_mlx.slicing.unit_file import unit_file_is_current
+from ifp_mlx.storage.config_file import read_config
 from ifp_mlx.storage.files import staged_directory
 from ifp_mlx.storage.origin import Origin, read_origin, write_origin
+from ifp_mlx.storage.tokenizer import load_tokenizer
+from ifp_mlx.storage.weights import load_model
 
 CheckpointFactory = Callable[..., Path]
 TOKENS = mx.array([[3, 60, 5, 41, 99]])
@@ -162,7 +164,7 @@ def test_existing_target_is_replaced_only_when_asked(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
     source = tiny_checkpoint()
-    with pytest.raises(UsageError, match="exists already; choose another name or pass --force"):
+    with pytest.raises(UsageError, match="exists already; choose another name or pass `overwrite`"):
         convert_checkpoint(source, tmp_path / "out")
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
     convert_checkpoint(source, tmp_path / "out", overwrite=True)
@@ -183,9 +185,9 @@ def test_units_can_be_stored_one_by_one_at_once(
     tiny_checkpoint: CheckpointFactory, tmp_path: Path
 ) -> None:
     source = tiny_checkpoint()
-    assert not side_file_is_current(convert_checkpoint(source, tmp_path / "plain").path)
+    assert not unit_file_is_current(convert_checkpoint(source, tmp_path / "plain").path)
     made = convert_checkpoint(source, tmp_path / "out", unit_major=True)
-    assert side_file_is_current(made.path)
+    assert unit_file_is_current(made.path)
 
 
 # Staging
@@ -223,5 +225,4 @@ def test_config_of_another_family_is_kept_apart(
     tiny_checkpoint: CheckpointFactory, tmp_path: Path
 ) -> None:
     made = convert_checkpoint(tiny_checkpoint("mistral"), tmp_path / "out")
-    config: dict[str, Any] = read_config(made.path)
-    assert config["model_type"] == "mistral"
+    assert read_config(made.path).family.model_type == "mistral"

@@ -14,11 +14,15 @@ from ifp_mlx.convert.export import export_checkpoint
 from ifp_mlx.convert.model_card import MeasuredQuality, ModelCard
 from ifp_mlx.convert.quantize import make_quantization, quantize_checkpoint
 from ifp_mlx.errors import ArchitectureError, SelectionError, UsageError
-from ifp_mlx.selection.calibration import CalibrationExample, calibrate
-from ifp_mlx.selection.selection import RandomSelector, Selection, select
-from ifp_mlx.slicing.compact import slice_model
-from ifp_mlx.storage.checkpoint import load_model, load_tokenizer, read_config
+from ifp_mlx.selection.selection import Selection
+from ifp_mlx.selection.selectors import NamedSelector, RandomSelector, select
+from ifp_mlx.selection.spec import SelectorSpec
+from ifp_mlx.slicing.compact import CutOptions, slice_model
+from ifp_mlx.storage.config_file import read_config
 from ifp_mlx.storage.origin import Origin, read_origin, write_origin
+from ifp_mlx.storage.tokenizer import load_tokenizer
+from ifp_mlx.storage.weights import load_model
+from ifp_mlx.units.kinds import UnitShape
 
 CheckpointFactory = Callable[..., Path]
 TOKEN_IDS = [3, 60, 5, 41, 99]
@@ -28,7 +32,9 @@ CARD = ModelCard("org/base", "mit", "write\nPython", "random", KEPT, NUM_UNITS, 
 
 
 def random_selection(num_layers: int = 3, num_units: int = NUM_UNITS) -> Selection:
-    return select(RandomSelector(num_layers, num_units), [1], KEPT)
+    shape = UnitShape(tuple(range(num_layers)), num_units)
+    named = NamedSelector(RandomSelector(shape), SelectorSpec("random"), "ffn", shape)
+    return select(named, (), KEPT)
 
 
 def arrays_of(model: nn.Module) -> dict[str, mx.array]:
@@ -53,11 +59,11 @@ def test_exported_checkpoint_is_the_compact_model(
     expected = compact(TOKENS)
     made = export_checkpoint(compact, selection, source, tmp_path / "out", CARD)
     assert mx.array_equal(mlx_lm_logits(made.path), expected)
-    assert read_config(made.path)["intermediate_size"] == KEPT
+    assert read_config(made.path).content["intermediate_size"] == KEPT
     assert made.is_plain
     assert mx.array_equal(compact(TOKENS), expected)  # the exported model still is there
     kept, _ = Selection.load(made.path / "ifp" / "selection.safetensors")
-    assert mx.array_equal(kept.indices, selection.indices)
+    assert mx.array_equal(kept.pick.indices, selection.pick.indices)
 
 
 def test_exported_checkpoint_brings_everything_a_model_needs(
@@ -83,37 +89,6 @@ def test_exported_checkpoint_brings_everything_a_model_needs(
         assert line in card
 
 
-def test_bias_compensation_becomes_mlp_bias(
-    tiny_checkpoint: CheckpointFactory, tmp_path: Path
-) -> None:
-    source = tiny_checkpoint()
-    dense = load_model(source)[0]
-    selection = random_selection()
-    calibration = calibrate(dense, [CalibrationExample(TOKEN_IDS)])
-    compact = slice_model(dense, selection, compensation=calibration)
-    expected = compact(TOKENS)
-    made = export_checkpoint(compact, selection, source, tmp_path / "out", CARD)
-    assert read_config(made.path)["mlp_bias"] is True
-    assert mx.array_equal(mlx_lm_logits(made.path), expected)
-    assert "bias" not in compact.layers[0].mlp.gate_proj
-    biases = arrays_of(load_model(made.path)[0])
-    assert mx.abs(biases["model.layers.0.mlp.down_proj.bias"]).max().item() > 0  # type: ignore[operator]
-    assert not biases["model.layers.0.mlp.gate_proj.bias"].any().item()
-
-
-def test_bias_compensation_that_config_cannot_say_is_refused(
-    tiny_checkpoint: CheckpointFactory, tmp_path: Path
-) -> None:
-    source = tiny_checkpoint("qwen2")
-    dense = load_model(source)[0]
-    selection = random_selection()
-    calibration = calibrate(dense, [CalibrationExample(TOKEN_IDS)])
-    compact = slice_model(dense, selection, compensation=calibration)
-    with pytest.raises(UsageError, match=r"qwen2 models have no FFN bias.*without --compensate"):
-        export_checkpoint(compact, selection, source, tmp_path / "out", CARD)
-    assert not (tmp_path / "out").exists()
-
-
 def test_family_without_intermediate_size_is_refused(
     tiny_checkpoint: CheckpointFactory, tmp_path: Path
 ) -> None:
@@ -123,7 +98,9 @@ def test_family_without_intermediate_size_is_refused(
     (source / "config.json").write_text(json.dumps(config))
     selection = random_selection()
     compact = slice_model(load_model(source)[0], selection)
-    with pytest.raises(ArchitectureError, match="gpt2 models have no intermediate_size"):
+    with pytest.raises(
+        ArchitectureError, match="gpt2 models have no key for their width in config"
+    ):
         export_checkpoint(compact, selection, source, tmp_path / "out", CARD)
 
 
@@ -158,13 +135,13 @@ def test_packed_source_stays_packed_or_becomes_plain(
     packed = export_checkpoint(compact, selection, source, tmp_path / "out", CARD)
     assert not packed.is_plain
     assert mx.array_equal(mlx_lm_logits(packed.path), expected)
-    settings = read_config(packed.path)["quantization"]
+    settings = read_config(packed.path).content["quantization"]
     assert settings["bits"] == 4
     assert settings["model.layers.0.mlp.down_proj"]["bits"] == 8  # quantized again, says slicing
-    exact = slice_model(model, selection, exact_down=True)
+    exact = slice_model(model, selection, CutOptions(exact_down=True))
     plain = export_checkpoint(exact, selection, source, tmp_path / "plain", CARD, dequantize=True)
     assert plain.is_plain
-    assert not any(key.startswith("quantization") for key in read_config(plain.path))
+    assert not any(key.startswith("quantization") for key in read_config(plain.path).content)
     assert mx.allclose(mlx_lm_logits(plain.path), exact(TOKENS), atol=1e-4)
 
 
@@ -179,7 +156,7 @@ def test_exported_type_can_be_chosen(tiny_checkpoint: CheckpointFactory, tmp_pat
 
 def test_card_states_what_was_measured() -> None:
     card = ModelCard(
-        None, None, None, "blend", KEPT, NUM_UNITS, 3, 10, 20, adapted=True, compensated=True,
+        None, None, None, "blend", KEPT, NUM_UNITS, 3, 10, 20, adapted=True,
         requantization_error=0.00123,
         quality={"python": MeasuredQuality(2.0, 2.5, 1234), "yes or no": MeasuredQuality(7, 1, 99)},
     ).text("name")  # fmt: skip
@@ -187,7 +164,6 @@ def test_card_states_what_was_measured() -> None:
     assert "| yes or no |" not in card
     assert "Fewer than 100 tokens, left out: yes or no." in card
     assert "relative error 1.23e-03" in card
-    assert "mean contribution of the removed units" in card
     assert "changed by an IFP adapter" in card
     assert "The units come from a selection file." in card
     assert "license:" not in card
@@ -214,7 +190,7 @@ def test_export_command(tiny_checkpoint: CheckpointFactory, tmp_path: Path) -> N
     assert result.exit_code == 0, result.output
     answer: dict[str, Any] = json.loads(result.stdout)
     assert (answer["num_kept_units"], answer["num_units"]) == (KEPT, NUM_UNITS)
-    assert read_config(Path(answer["path"]))["intermediate_size"] == KEPT
+    assert read_config(Path(answer["path"])).content["intermediate_size"] == KEPT
     again = CliRunner().invoke(make_app(), arguments)
     assert isinstance(again.exception, UsageError)
     file = tmp_path / "out" / "ifp" / "selection.safetensors"
@@ -222,7 +198,7 @@ def test_export_command(tiny_checkpoint: CheckpointFactory, tmp_path: Path) -> N
     result = CliRunner().invoke(make_app(), [*second, "--quantize", "8", "--group-size", "32"])
     assert result.exit_code == 0, result.output
     assert "weights are packed, for mlx-lm" in result.stderr
-    assert read_config(tmp_path / "b")["quantization"]["bits"] == 8
+    assert read_config(tmp_path / "b").content["quantization"]["bits"] == 8
 
 
 def test_export_command_measures(tiny_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
@@ -243,7 +219,7 @@ def test_export_command_measures(tiny_checkpoint: CheckpointFactory, tmp_path: P
         (["--task", "x", "--selection", "f"], "give --task or --selection"),
         (["--task", "x", "--group-size", "32"], "--group-size needs --quantize"),
         (["--task", "x", "--quantize", "4", "--dequantize"], "exclude each other"),
-        (["--task", "x", "--quantize", "7"], "--bits must be one of"),
+        (["--task", "x", "--quantize", "7"], "`bits` must be one of"),
         (["--selection", "f", "--keep", "0.5"], "--selection says how many units"),
         (["--task", "x", "--keep", "1.0"], "all units are kept"),
     ],
@@ -267,4 +243,4 @@ def test_selection_of_another_model_is_refused(
     arguments = ["--model", str(tiny_checkpoint()), "-o", str(tmp_path / "out")]
     result = CliRunner().invoke(make_app(), ["export", *arguments, "--selection", str(file)])
     assert isinstance(result.exception, SelectionError)
-    assert "is for 2 layers of 192 units, the model has 3 of 192" in str(result.exception)
+    assert "is for 2 layers of 192 units, the model has 3 layers of 192" in str(result.exception)

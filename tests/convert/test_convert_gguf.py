@@ -15,8 +15,10 @@ from mlx.utils import tree_flatten
 from ifp_mlx.convert.checkpoint_writer import ShardWriter
 from ifp_mlx.convert.conversion import convert_checkpoint
 from ifp_mlx.errors import ArchitectureError, CheckpointError, UsageError
-from ifp_mlx.storage.checkpoint import load_model, load_tokenizer, read_config
+from ifp_mlx.storage.config_file import read_config
 from ifp_mlx.storage.origin import read_origin
+from ifp_mlx.storage.tokenizer import load_tokenizer
+from ifp_mlx.storage.weights import load_model
 
 GGUFFactory = Callable[..., Path]
 ModelFactory = Callable[..., nn.Module]
@@ -163,7 +165,7 @@ def test_llama3_rope_scaling_is_recognised(tiny_gguf: GGUFFactory, tmp_path: Pat
             divisors.append(1 / ((1 - smooth) / 32.0 + smooth))
     factors = np.array(divisors, dtype=np.float32)
     path = append_tensor(tiny_gguf(**sizes), "rope_freqs.weight", factors)
-    config = read_config(convert_checkpoint(path, tmp_path / "out").path)
+    config = read_config(convert_checkpoint(path, tmp_path / "out").path).content
     assert config["rope_scaling"]["rope_type"] == "llama3"
     assert config["rope_scaling"]["factor"] == 32.0
     other = append_tensor(tiny_gguf(name="b.gguf", **sizes), "rope_freqs.weight", factors * 2)
@@ -203,7 +205,7 @@ def test_rope_scaling_of_the_metadata(
 ) -> None:
     metadata = {"qwen2.rope.scaling.type": kind, "qwen2.rope.scaling.factor": 4.0}
     made = convert_checkpoint(tiny_gguf("qwen2", metadata=metadata), tmp_path / "out")
-    assert read_config(made.path).get("rope_scaling") == expected
+    assert read_config(made.path).content.get("rope_scaling") == expected
 
 
 def test_conversion_brings_tokenizer_template_and_end_ids(
@@ -275,4 +277,4 @@ def test_existing_target_is_kept(tiny_gguf: GGUFFactory, tmp_path: Path) -> None
     with pytest.raises(UsageError, match="exists already"):
         convert_checkpoint(tiny_gguf(), tmp_path / "out")
     convert_checkpoint(tiny_gguf(name="b.gguf"), tmp_path / "out", overwrite=True)
-    assert read_config(tmp_path / "out")["model_type"] == "llama"
+    assert read_config(tmp_path / "out").content["model_type"] == "llama"

@@ -16,7 +16,8 @@ from ifp_mlx.convert.conversion import convert_checkpoint
 from ifp_mlx.convert.gguf_export import export_gguf
 from ifp_mlx.convert.quantize import make_quantization, quantize_checkpoint
 from ifp_mlx.errors import ArchitectureError, CheckpointError, UsageError
-from ifp_mlx.storage.checkpoint import load_model, load_tokenizer
+from ifp_mlx.storage.tokenizer import load_tokenizer
+from ifp_mlx.storage.weights import load_model
 
 Factory = Callable[..., Path]
 TOKENS = mx.arange(3, 30)[None]

@@ -22,14 +22,15 @@ import mlx_lm.convert
 import mlx_lm.utils
 import transformers
 
-from ifp_mlx.storage.checkpoint import load_model, load_tokenizer
+from ifp_mlx.storage.tokenizer import load_tokenizer
+from ifp_mlx.storage.weights import load_model
 from ifp_mlx.convert.conversion import convert_checkpoint
 from ifp_mlx.convert.export import export_checkpoint
 from ifp_mlx.convert.model_card import ModelCard
 from ifp_mlx.convert.quantize import make_quantization, quantize_checkpoint
-from ifp_mlx.selection.selection import RandomSelector, select
+from ifp_mlx.selection.selectors import select_random
 from ifp_mlx.slicing.compact import slice_model
-from ifp_mlx.slicing.unit_file import SIDE_FILE, side_file_is_current, write_side_file
+from ifp_mlx.slicing.unit_file import UNIT_FILE, unit_file_is_current, write_unit_file
 
 checkpoint, gguf, made, num_kills = *map(Path, sys.argv[1:4]), int(sys.argv[4])
 load_tokenizer(checkpoint)  # computes nothing, and imports what children would import
@@ -47,17 +48,18 @@ def work(force):
             source, target, make_quantization(bits=4, group_size=32), overwrite=force
         )
     elif operation == "export":
-        selection = select(RandomSelector(3, 192), [1], 64)
+        model = load_model(source)[0]
+        selection = select_random(model, 64)
         card = ModelCard(None, None, "x", "random", 64, 192, 3, 1, 2)
-        compact = slice_model(load_model(source)[0], selection)
+        compact = slice_model(model, selection)
         export_checkpoint(compact, selection, source, target, card, overwrite=force)
     else:
-        write_side_file(source)
+        write_unit_file(source)
 
 
 def is_complete(force):
     if operation == "prepare":
-        return (source / SIDE_FILE).exists() and side_file_is_current(source)
+        return (source / UNIT_FILE).exists() and unit_file_is_current(source)
     load_tokenizer(target)
     return load_model(target)[0] is not None
 
@@ -80,7 +82,7 @@ def ends_well(child):
 reports = {}
 for operation, source in SOURCES.items():
     target = made / operation.replace(" ", "-") / "target"
-    place = source / SIDE_FILE if operation == "prepare" else target
+    place = source / UNIT_FILE if operation == "prepare" else target
     rng = random.Random(operation)
     start = time.monotonic()
     assert ends_well(in_child(work)), operation

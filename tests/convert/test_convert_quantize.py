@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 from ifp_mlx.cli.app import make_app
 from ifp_mlx.convert.quantize import RECIPES, make_quantization, quantize_checkpoint
 from ifp_mlx.errors import CheckpointError, UsageError
-from ifp_mlx.storage.checkpoint import load_model, load_tokenizer
 from ifp_mlx.storage.origin import Origin, read_origin, write_origin
+from ifp_mlx.storage.tokenizer import load_tokenizer
+from ifp_mlx.storage.weights import load_model
 
 CheckpointFactory = Callable[..., Path]
 TOKENS = mx.array([[3, 60, 5, 41]])
@@ -125,8 +126,8 @@ def test_more_bits_are_closer_to_the_original(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"bits": 7}, "--bits must be one of 2, 3, 4, 5, 6, 8"),
-        ({"group_size": 48}, "--group-size must be one of 32, 64, 128"),
+        ({"bits": 7}, "`bits` must be one of 2, 3, 4, 5, 6, 8"),
+        ({"group_size": 48}, "`group_size` must be one of 32, 64, 128"),
         ({"mode": "fp8"}, "there is no mode 'fp8'; there are: affine, mxfp4"),
         ({"mode": "mxfp4", "bits": 8}, "mode mxfp4 always has 4 bits in groups of 32"),
         ({"mode": "nvfp4", "group_size": 32}, "mode nvfp4 always has 4 bits in groups of 16"),

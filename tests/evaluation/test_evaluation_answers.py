@@ -15,9 +15,20 @@ from ifp_mlx.errors import DataError
 from ifp_mlx.evaluation.exact_match import Problem, exact_match, last_number, load_problems
 from ifp_mlx.evaluation.multiple_choice import Question, choice_accuracy, load_questions
 from ifp_mlx.evaluation.quality import HeldOutExample
-from ifp_mlx.storage import checkpoint
+from ifp_mlx.storage.tokenizer import load_tokenizer
 
 VOCAB = 12
+
+
+class ScriptedTrunk(nn.Module):
+    """Its hidden states are the logits."""
+
+    def __init__(self, table: mx.array):
+        super().__init__()
+        self._table = table
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        return self._table[ids]
 
 
 class ScriptedModel(nn.Module):
@@ -30,11 +41,9 @@ class ScriptedModel(nn.Module):
             for following, logit in logits.items():
                 table[token, following] = logit
         self._table = mx.array(table)
+        self.model = ScriptedTrunk(self._table)
         self.args = SimpleNamespace(tie_word_embeddings=False, model_type="llama")
         self.layers: list[nn.Module] = []
-
-    def model(self, ids: mx.array) -> mx.array:
-        return self._table[ids]
 
     def lm_head(self, hidden: mx.array) -> mx.array:
         return hidden
@@ -63,7 +72,7 @@ def test_choice_accuracy_of_a_scripted_model() -> None:
 def test_questions_come_from_choices_and_from_lettered_options(
     tmp_path: Path, tiny_checkpoint: Callable[..., Path]
 ) -> None:
-    tokenizer = checkpoint.load_tokenizer(tiny_checkpoint())
+    tokenizer = load_tokenizer(tiny_checkpoint())
     records = [
         {"prompt": "Sky?", "choices": ["blue", "green"], "answer": 0},
         {"prompt": "Sum?\nOptions:\n(A) 3\n(B) 4\n(C) 5", "response": "(B)"},
@@ -103,7 +112,7 @@ def test_bad_questions_are_one_error(
     path = tmp_path / "quiz.jsonl"
     path.write_text(json.dumps(record))
     with pytest.raises(DataError, match=message):
-        load_questions(path, checkpoint.load_tokenizer(tiny_checkpoint()), 10)
+        load_questions(path, load_tokenizer(tiny_checkpoint()), 10)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +148,7 @@ def test_problems_come_from_answers_and_responses(
     ]
     path = tmp_path / "sums.jsonl"
     path.write_text("\n".join(map(json.dumps, records)))
-    problems = load_problems(path, checkpoint.load_tokenizer(tiny_checkpoint()), 10)
+    problems = load_problems(path, load_tokenizer(tiny_checkpoint()), 10)
     assert [str(problem.answer) for problem in problems] == ["42", "0.5", "4", "1200"]
 
 
@@ -161,7 +170,7 @@ def test_bad_problems_are_one_error(
     path = tmp_path / "sums.jsonl"
     path.write_text(json.dumps(record))
     with pytest.raises(DataError, match=message):
-        load_problems(path, checkpoint.load_tokenizer(tiny_checkpoint()), 10)
+        load_problems(path, load_tokenizer(tiny_checkpoint()), 10)
 
 
 def test_exact_match_of_a_scripted_model() -> None:

@@ -14,7 +14,9 @@ from ifp_mlx.evaluation.controls import UnitMasks, unit_masks
 from ifp_mlx.evaluation.heat_maps import write_heat_maps
 from ifp_mlx.evaluation.overlap import overlap
 from ifp_mlx.evaluation.quality import HeldOutExample
-from ifp_mlx.selection.selection import RandomSelector
+from ifp_mlx.selection.selectors import NamedSelector, RandomSelector
+from ifp_mlx.selection.spec import SelectorSpec
+from ifp_mlx.units.kinds import UnitShape
 
 DOMAINS = ("alpha", "beta", "gamma")
 
@@ -55,9 +57,12 @@ def test_overlap_equals_sets_counted_pair_by_pair() -> None:
 def test_random_masks_overlap_at_chance() -> None:
     """The mean over 4 layers of 780 pairs: 6 of its standard deviations are below 0.01."""
 
-    def instruction(example: HeldOutExample) -> tuple[RandomSelector, tuple[int, ...]]:
+    shape = UnitShape((0, 1, 2, 3), 192)
+
+    def instruction(example: HeldOutExample) -> tuple[NamedSelector, tuple[int, ...]]:
         seed = example.token_ids[0]
-        return RandomSelector(4, 192, seed=seed, name=f"random:{seed}"), ()
+        selector, spec = RandomSelector(shape, seed), SelectorSpec("random", str(seed))
+        return NamedSelector(selector, spec, "ffn", shape), ()
 
     examples = [HeldOutExample((i, 1), 1, DOMAINS[i % 2]) for i in range(40)]
     analysis = overlap(unit_masks(examples, instruction, [64])[64])

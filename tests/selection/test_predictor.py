@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from ifp_mlx.errors import UsageError
-from ifp_mlx.selection.masks import standardised
 from ifp_mlx.selection.predictor import (
     HEAD_TOKENS,
     TAIL_TOKENS,
@@ -17,6 +16,7 @@ from ifp_mlx.selection.predictor import (
     instruction_window,
     pad_right,
 )
+from ifp_mlx.selection.top_k import standardised
 
 
 @pytest.fixture

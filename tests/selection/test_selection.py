@@ -1,6 +1,6 @@
 """Selectors score, selections are exact, checked and comparable."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,23 +12,36 @@ from hypothesis import strategies as st
 
 from ifp_mlx.errors import DataError, SelectionError
 from ifp_mlx.selection.calibration import Calibration, CalibrationExample, calibrate
-from ifp_mlx.selection.masks import mask_from_indices, top_k_indices
-from ifp_mlx.selection.selection import (
+from ifp_mlx.selection.selection import Pick, Selection
+from ifp_mlx.selection.selectors import (
     BlendSelector,
+    NamedSelector,
     PromptSelector,
     RandomSelector,
-    Selection,
+    Selector,
     StaticSelector,
-    ranks,
     select,
 )
+from ifp_mlx.selection.spec import SelectorSpec
+from ifp_mlx.selection.statistics import ranks
+from ifp_mlx.selection.top_k import mask_from_indices, top_k_indices
+from ifp_mlx.units.kinds import UnitShape
 
 ModelFactory = Callable[..., nn.Module]
 PROMPT = [3, 14, 15, 9, 26, 5, 35, 8]
 
 
-def selection_of(rows: list[list[int]], num_units: int = 24) -> Selection:
-    return Selection(mx.array(rows, dtype=mx.int32), num_units, "test")
+TINY = UnitShape((0, 1, 2), 192)
+
+
+def selection_of(rows: list[list[int]] | mx.array, num_units: int = 24) -> Selection:
+    indices = rows if isinstance(rows, mx.array) else mx.array(rows, dtype=mx.int32)
+    pick = Pick("ffn", tuple(range(indices.shape[0])), indices, num_units)
+    return Selection((pick,), SelectorSpec("test"))
+
+
+def named(selector: Selector, shape: UnitShape = TINY, name: str = "test") -> NamedSelector:
+    return NamedSelector(selector, SelectorSpec(name), "ffn", shape)
 
 
 def unit_activations(model: nn.Module, ids: list[int]) -> list[np.ndarray]:
@@ -65,7 +78,7 @@ def test_top_k_of_distinct_scores_follows_a_permutation(seed: int, k: int) -> No
 
 @pytest.mark.parametrize("k", [0, -1, 25])
 def test_top_k_out_of_range_is_refused(k: int) -> None:
-    with pytest.raises(SelectionError, match=f"cannot keep {k} of 24 FFN units"):
+    with pytest.raises(SelectionError, match=f"cannot keep {k} of 24 units"):
         top_k_indices(mx.zeros((2, 24)), k)
 
 
@@ -88,13 +101,18 @@ def test_indices_that_take_would_accept_are_refused(rows: list[list[int]], messa
         selection_of(rows).validate()
 
 
-def test_wrong_dtype_rank_and_values_are_refused() -> None:
+def test_wrong_dtype_and_rank_are_refused() -> None:
     with pytest.raises(SelectionError, match="int32"):
-        Selection(mx.array([[0.0, 1.0]]), 24, "test").validate()
+        selection_of(mx.array([[0.0, 1.0]])).validate()
     with pytest.raises(SelectionError, match="int32"):
-        Selection(mx.array([0, 1]), 24, "test").validate()
-    with pytest.raises(SelectionError, match="mask values"):
-        Selection(mx.array([[0, 1]]), 24, "test", mask_values=mx.ones((1, 3))).validate()
+        selection_of(mx.array([0, 1], dtype=mx.int32)).validate()
+
+
+@pytest.mark.parametrize("layers", [(0,), (0, 1, 2), (1, 0), (1, 1)])
+def test_layers_that_do_not_fit_the_indices_are_refused(layers: tuple[int, ...]) -> None:
+    pick = Pick("ffn", layers, mx.array([[0, 1], [2, 3]], dtype=mx.int32), 24)
+    with pytest.raises(SelectionError, match="2 layers names layers"):
+        Selection((pick,), SelectorSpec("test")).validate()
 
 
 def test_overlap_is_the_shared_share_by_layer() -> None:
@@ -105,13 +123,37 @@ def test_overlap_is_the_shared_share_by_layer() -> None:
 
 
 def test_selection_survives_the_disk(tmp_path: Path) -> None:
-    values = mx.array([[0.5, 0.25]])
-    Selection(mx.array([[1, 4]]), 24, "test", values).save(tmp_path / "s.safetensors", {"a": "b"})
+    pick = Pick("ffn", (2, 5), mx.array([[1, 4], [0, 3]], dtype=mx.int32), 24)
+    saved = Selection((pick,), SelectorSpec("static", "math"))
+    saved.save(tmp_path / "s.safetensors", {"a": "b"})
     selection, metadata = Selection.load(tmp_path / "s.safetensors")
-    assert mx.array_equal(selection.indices, mx.array([[1, 4]]))
-    assert selection.mask_values is not None
-    assert mx.array_equal(selection.mask_values, values)
+    assert mx.array_equal(selection.pick.indices, pick.indices)
+    assert (selection.pick.layers, selection.num_units) == ((2, 5), 24)
+    assert selection.selector == SelectorSpec("static", "math")
+    assert selection.digest == saved.digest
     assert metadata["a"] == "b"
+
+
+def test_selection_files_of_version_1_are_read(tmp_path: Path) -> None:
+    indices = mx.array([[1, 4], [0, 3]], dtype=mx.int32)
+    header = {"num_units": "24", "selector": "static:math"}
+    mx.save_safetensors(str(tmp_path / "s.safetensors"), {"indices": indices}, header)
+    selection, _ = Selection.load(tmp_path / "s.safetensors")
+    assert mx.array_equal(selection.pick.indices, indices)
+    assert (selection.pick.kind, selection.pick.shape) == ("ffn", UnitShape((0, 1), 24))
+    assert str(selection.selector) == "static:math"
+
+
+def test_digest_tells_selections_apart() -> None:
+    one = selection_of([[0, 1], [2, 3]])
+    assert one.digest == selection_of([[0, 1], [2, 3]]).digest
+    others = [
+        selection_of([[0, 1], [2, 4]]),
+        selection_of([[0, 1], [2, 3]], num_units=25),
+        Selection((Pick("ffn", (0, 2), one.pick.indices, 24),), one.selector),
+        Selection((Pick("expert", (0, 1), one.pick.indices, 24),), one.selector),
+    ]
+    assert len({one.digest, *(other.digest for other in others)}) == 5
 
 
 def test_calibration_is_the_norm_product_of_an_independent_reading(
@@ -171,9 +213,9 @@ def test_ranks_count_the_smaller_scores() -> None:
 def test_static_selects_the_same_whatever_the_instruction(tiny_model: ModelFactory) -> None:
     calibration = calibrate(tiny_model("llama"), [CalibrationExample(PROMPT, "a")])
     selector = StaticSelector(calibration)
-    first, second = select(selector, PROMPT, 9), select(selector, [1], 9)
-    assert mx.array_equal(first.indices, second.indices)
-    assert mx.array_equal(first.indices, top_k_indices(calibration.importance, 9))
+    first, second = select(named(selector), PROMPT, 9), select(named(selector), [1], 9)
+    assert mx.array_equal(first.pick.indices, second.pick.indices)
+    assert mx.array_equal(first.pick.indices, top_k_indices(calibration.importance, 9))
 
 
 def test_unknown_task_is_refused_with_the_list(tiny_model: ModelFactory) -> None:
@@ -183,34 +225,31 @@ def test_unknown_task_is_refused_with_the_list(tiny_model: ModelFactory) -> None
 
 
 def test_random_selects_by_seed() -> None:
-    one = select(RandomSelector(3, 24, seed=1), [1], 9)
-    same = select(RandomSelector(3, 24, seed=1), [2], 9)
-    other = select(RandomSelector(3, 24, seed=2), [1], 9)
-    assert mx.array_equal(one.indices, same.indices)
-    assert not mx.array_equal(one.indices, other.indices)
+    shape = UnitShape((0, 1, 2), 24)
+    one = select(named(RandomSelector(shape, seed=1), shape), [1], 9)
+    same = select(named(RandomSelector(shape, seed=1), shape), [2], 9)
+    other = select(named(RandomSelector(shape, seed=2), shape), [1], 9)
+    assert mx.array_equal(one.pick.indices, same.pick.indices)
+    assert not mx.array_equal(one.pick.indices, other.pick.indices)
 
 
 def test_scores_that_are_not_finite_are_refused() -> None:
     class Broken:
-        name = "broken"
-        version = "1"
-
         def scores(self, token_ids: object) -> mx.array:
             return mx.array([[1.0, float("nan"), 2.0]])
 
     with pytest.raises(SelectionError, match="'broken' gave scores that are not finite"):
-        select(Broken(), [1], 2)
+        select(named(Broken(), UnitShape((0,), 3), "broken"), [1], 2)
 
 
 def test_examples_of_a_task_count_as_much_as_its_description() -> None:
     class Known:
-        name, version = "known", "1"
-
-        def scores(self, token_ids: list[int]) -> mx.array:
+        def scores(self, token_ids: Sequence[int]) -> mx.array:
             return mx.zeros((1, 4)).at[0, token_ids[0]].add(float(token_ids[1]))
 
     description, examples = [0, 4], [[1, 9], [2, 5], [3, 1]]
+    known = named(Known(), UnitShape((0,), 4))
     # Units score 4, 9 / 3, 5 / 3 and 1 / 3 before both halves are halved.
-    assert select(Known(), description, 2, examples).indices.tolist() == [[0, 1]]
-    assert select(Known(), [0, 2], 2, examples).indices.tolist() == [[0, 1]]
-    assert select(Known(), [0, 1], 2, examples).indices.tolist() == [[1, 2]]
+    assert select(known, description, 2, examples).pick.indices.tolist() == [[0, 1]]
+    assert select(known, [0, 2], 2, examples).pick.indices.tolist() == [[0, 1]]
+    assert select(known, [0, 1], 2, examples).pick.indices.tolist() == [[1, 2]]

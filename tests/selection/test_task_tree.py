@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 
 from ifp_mlx.errors import SelectionError
-from ifp_mlx.selection.selection import Selection
-from ifp_mlx.selection.task_tree import family_tree, overlap_matrix
+from ifp_mlx.selection.selection import Pick, Selection
+from ifp_mlx.selection.spec import SelectorSpec
+from ifp_mlx.selection.task_tree import overlap_matrix, task_tree
 
 OVERLAPS = np.array(
     [
@@ -18,7 +19,8 @@ OVERLAPS = np.array(
 
 
 def selection(*rows: list[int]) -> Selection:
-    return Selection(mx.array(rows, dtype=mx.int32), 8, "static")
+    pick = Pick("ffn", tuple(range(len(rows))), mx.array(rows, dtype=mx.int32), 8)
+    return Selection((pick,), SelectorSpec("static"))
 
 
 def test_overlap_matrix_counts_shared_units() -> None:
@@ -33,8 +35,8 @@ def test_overlap_matrix_refuses_models_of_other_shape() -> None:
         overlap_matrix([selection([0, 1]), selection([0, 1], [0, 1])])
 
 
-def test_family_tree_joins_what_has_most_in_common_first() -> None:
-    tree = family_tree(OVERLAPS)
+def test_task_tree_joins_what_has_most_in_common_first() -> None:
+    tree = task_tree(OVERLAPS)
     assert sorted(tree.members) == [0, 1, 2, 3, 4]
     assert tree.overlap == pytest.approx(0.1)
     pairs, single = tree.parts
@@ -44,7 +46,7 @@ def test_family_tree_joins_what_has_most_in_common_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("threshold", "families"),
+    ("threshold", "groups"),
     [
         (1.0, [{0}, {2}, {1}, {3}, {4}]),
         (0.85, [{0, 2}, {1}, {3}, {4}]),
@@ -53,17 +55,17 @@ def test_family_tree_joins_what_has_most_in_common_first() -> None:
         (0.0, [{0, 1, 2, 3, 4}]),
     ],
 )
-def test_family_tree_splits_at_the_threshold(threshold: float, families: list[set[int]]) -> None:
-    found = [set(family.members) for family in family_tree(OVERLAPS).split(threshold)]
-    assert sorted(found, key=sorted) == sorted(families, key=sorted)
+def test_task_tree_splits_at_the_threshold(threshold: float, groups: list[set[int]]) -> None:
+    found = [set(group.members) for group in task_tree(OVERLAPS).split(threshold)]
+    assert sorted(found, key=sorted) == sorted(groups, key=sorted)
 
 
-def test_family_tree_of_one_task_is_a_leaf() -> None:
-    tree = family_tree(np.eye(1))
+def test_task_tree_of_one_task_is_a_leaf() -> None:
+    tree = task_tree(np.eye(1))
     assert (tree.members, tree.parts) == ((0,), ())
 
 
-def test_family_tree_equals_a_plain_average_linkage() -> None:
+def test_task_tree_equals_a_plain_average_linkage() -> None:
     generator = np.random.default_rng(4)
     noise = generator.uniform(0, 1, (9, 9))
     overlaps = (noise + noise.T) / 2
@@ -80,8 +82,8 @@ def test_family_tree_equals_a_plain_average_linkage() -> None:
         clusters[one] |= clusters[other]
         del clusters[other]
 
-    def overlaps_of(family) -> list[float]:  # type: ignore[no-untyped-def]
-        below = [value for part in family.parts for value in overlaps_of(part)]
-        return [*below, family.overlap] if family.parts else below
+    def overlaps_of(group) -> list[float]:  # type: ignore[no-untyped-def]
+        below = [value for part in group.parts for value in overlaps_of(part)]
+        return [*below, group.overlap] if group.parts else below
 
-    assert sorted(overlaps_of(family_tree(overlaps))) == pytest.approx(sorted(heights))
+    assert sorted(overlaps_of(task_tree(overlaps))) == pytest.approx(sorted(heights))

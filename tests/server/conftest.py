@@ -11,13 +11,13 @@ import openai
 import pytest
 
 from ifp_mlx.assistant import Assistant
-from ifp_mlx.chat.conversation import SamplingOptions
+from ifp_mlx.chat.sampling import SamplingOptions
 from ifp_mlx.selection.calibration import CalibrationExample, calibrate
 from ifp_mlx.server.catalog import ModelCatalog
 from ifp_mlx.server.engine import Engine, EngineOptions
 from ifp_mlx.server.http import Limits, Server
 from ifp_mlx.server.requests import RequestDefaults
-from ifp_mlx.storage import checkpoint
+from ifp_mlx.storage.weights import load_model
 
 NUM_KEPT_UNITS = 64
 TASKS = {"python-helper": "help me write Python", "mail": "write friendly e-mails to my aunt"}
@@ -47,7 +47,7 @@ def checkpoint_folder(
 ) -> Path:
     folder = write_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
     (folder / "ifp").mkdir()
-    model, _ = checkpoint.load_model(folder)
+    model, _ = load_model(folder)
     examples = [CalibrationExample(range(9, 60), "code"), CalibrationExample(range(60, 99), "talk")]
     calibrate(model, examples).save(folder / "ifp" / "calibration.safetensors")
     return folder
@@ -114,6 +114,7 @@ def expected(checkpoint_folder: Path) -> Callable[..., str]:
         if task is not None:
             subnet = assistant.subnetwork_for_task(task, NUM_KEPT_UNITS)
         sampling = SamplingOptions(max_tokens, **options)
-        return "".join(assistant.converse(subnet).reply(text, sampling))
+        messages = [{"role": "user", "content": text}]
+        return "".join(assistant.converse(subnet).reply(messages, sampling))
 
     return answer

@@ -18,6 +18,8 @@ from mlx_lm.server import GenerationContext, Response
 from ifp_mlx.server.http import Limits
 from ifp_mlx.server.replies import Reply
 
+NO_LOGPROBS: Any = ()  # as mlx-lm passes it where none are asked for
+
 Running = Any  # the classes of conftest.py cannot be imported
 Serve = Callable[..., contextlib.AbstractContextManager[Running]]
 Oracle = Callable[..., str]
@@ -220,7 +222,7 @@ def context() -> GenerationContext:
 
 
 def word(text: str) -> Response:
-    return Response(text, 7, 0.0, None, ())
+    return Response(text, 7, 0.0, None, NO_LOGPROBS)
 
 
 def test_a_request_without_its_turn_is_told_to_come_back(serve: Serve) -> None:

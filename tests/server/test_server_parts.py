@@ -15,9 +15,9 @@ from mlx_lm.models.cache import KVCache
 from mlx_lm.server import GenerationContext, Response
 
 from ifp_mlx.assistant import Assistant
-from ifp_mlx.errors import UsageError
+from ifp_mlx.errors import ResourceError, UsageError
 from ifp_mlx.server.api_error import APIError
-from ifp_mlx.server.catalog import ModelCatalog, SubnetChoice
+from ifp_mlx.server.catalog import ModelCatalog, SubnetRequest
 from ifp_mlx.server.engine import Engine, EngineOptions, _KVCaches, _RequestQueue
 from ifp_mlx.server.http import Limits
 from ifp_mlx.server.replies import Piece, Reply, StopStrings
@@ -26,6 +26,11 @@ from ifp_mlx.server.requests import (
     RequestDefaults,
     parse_completion_request,
 )
+from ifp_mlx.slicing.compact import CutOptions
+from ifp_mlx.subnets.memory import checkpoint_sizes
+
+BATCHED = EngineOptions()
+NO_LOGPROBS: Any = ()  # as mlx-lm passes it where none are asked for
 
 
 @given(
@@ -71,8 +76,8 @@ def texts(reply: Reply) -> list[Piece]:
 
 
 def test_a_reply_ends_with_its_reason() -> None:
-    end = Response("!", 2, 0.0, "stop", ())
-    reply = reply_with(context(), Response("a", 1, 0.0, None, ()), end, None)
+    end = Response("!", 2, 0.0, "stop", NO_LOGPROBS)
+    reply = reply_with(context(), Response("a", 1, 0.0, None, NO_LOGPROBS), end, None)
     assert [piece.text for piece in texts(reply)] == ["a", "!"]
     assert (reply.finish_reason, reply.prompt_tokens, reply.cached_tokens) == ("stop", 3, 2)
     assert reply.completion_tokens == 2
@@ -80,14 +85,14 @@ def test_a_reply_ends_with_its_reason() -> None:
 
 
 def test_text_held_back_for_a_stop_string_is_given_in_the_end() -> None:
-    end = Response("<", 2, 0.0, "length", ())
+    end = Response("<", 2, 0.0, "length", NO_LOGPROBS)
     reply = reply_with(context(), end, stop=("<end>",))
     assert "".join(piece.text for piece in texts(reply)) == "<"
 
 
 def test_a_stop_string_tells_the_generation_to_end() -> None:
     begun = context()
-    reply = reply_with(begun, Response("one two", 1, 0.0, None, ()), stop=("two",))
+    reply = reply_with(begun, Response("one two", 1, 0.0, None, NO_LOGPROBS), stop=("two",))
     assert "".join(piece.text for piece in texts(reply)) == "one "
     assert reply.finish_reason == "stop"
     assert begun._should_stop
@@ -98,7 +103,7 @@ def test_what_the_model_thinks_is_kept_apart() -> None:
         "normal": [("<think>", "reasoning")],
         "reasoning": [("</think>", "normal")],
     }
-    end = Response("<think>hm</think>so", 1, 0.0, "length", ())
+    end = Response("<think>hm</think>so", 1, 0.0, "length", NO_LOGPROBS)
     pieces = texts(reply_with(context(thinking), end))
     assert pieces == [Piece("hm", is_reasoning=True), Piece("so", is_reasoning=False)]
 
@@ -148,7 +153,7 @@ def long_request(**changes: Any) -> GenerationRequest:
 def test_stopping_the_engine_cuts_answers_off(checkpoint_folder: Path) -> None:
     engine = Engine(lambda: (Assistant.load(checkpoint_folder), 64), EngineOptions())
     try:
-        reply = engine.start(long_request(seed=3), SubnetChoice("dense"))
+        reply = engine.start(long_request(seed=3), SubnetRequest("dense"))
         pieces = reply.pieces(60, lambda: None)
         next(pieces)
     finally:
@@ -195,3 +200,32 @@ def test_tasks_need_descriptions() -> None:
 def test_limits_are_positive() -> None:
     with pytest.raises(UsageError, match="must be above 0"):
         Limits(max_requests=0)
+
+
+def test_a_model_that_does_not_fit_is_served_by_its_sub_network(checkpoint_folder: Path) -> None:
+    sizes = checkpoint_sizes(checkpoint_folder)
+    room = sizes.predict(64, 256).total_bytes
+    assert room < sizes.predict(sizes.amounts.num_units, 256).total_bytes
+    options = CutOptions(context_tokens=256, memory_bytes=room)
+    engine = Engine(lambda: (Assistant.load(checkpoint_folder, options=options), 64), BATCHED)
+    try:
+        assert engine._provider.is_batchable
+        reply = engine.start(long_request(seed=3), SubnetRequest("task", "help me write Python"))
+        assert list(reply.pieces(60, lambda: None))
+        with pytest.raises(ResourceError, match="192 of 192 FFN units need"):
+            list(
+                engine.start(long_request(seed=3), SubnetRequest("dense")).pieces(60, lambda: None)
+            )
+    finally:
+        engine.stop()
+
+
+def test_whatever_goes_wrong_on_the_way_to_serving_is_raised(
+    checkpoint_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("no such cache")
+
+    monkeypatch.setattr("ifp_mlx.server.engine.make_prompt_cache", broken)
+    with pytest.raises(ValueError, match="no such cache"):
+        Engine(lambda: (Assistant.load(checkpoint_folder), 64), BATCHED)

@@ -7,16 +7,16 @@ import mlx.core as mx
 import pytest
 
 from ifp_mlx.selection.calibration import CalibrationExample, calibrate
-from ifp_mlx.selection.selection import PromptSelector
+from ifp_mlx.selection.selectors import PromptSelector
 from ifp_mlx.slicing.layerwise import layerwise_model
-from ifp_mlx.storage.checkpoint import load_model
-from ifp_mlx.units import ffn
+from ifp_mlx.storage.weights import load_model
+from ifp_mlx.units.families import FAMILIES
 
 CheckpointFactory = Callable[..., Path]
 TOKENS = [3, 14, 15, 9, 26, 5, 35, 8]
 
 
-@pytest.mark.parametrize("family", sorted(ffn.FAMILIES))
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_layerwise_model_gives_the_same_logits_and_activations(
     tiny_checkpoint: CheckpointFactory, family: str
 ) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import mlx.core as mx
@@ -18,9 +19,10 @@ def test_checks_notice_a_wrong_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     right = slice_model
 
     def off_by_one(model, selection):  # type: ignore[no-untyped-def]
-        indices = mx.concatenate([selection.indices[:, :1] * 0, selection.indices[:, 1:]], axis=1)
-        wrong = type(selection)(indices, selection.num_units, selection.selector)
-        return right(model, wrong)
+        pick = selection.pick
+        indices = mx.concatenate([pick.indices[:, :1] * 0, pick.indices[:, 1:]], axis=1)
+        wrong = dataclasses.replace(pick, indices=indices)
+        return right(model, dataclasses.replace(selection, picks=(wrong,)))
 
     monkeypatch.setattr(self_test, "slice_model", off_by_one)
     failed = [check.name for check in run_checks() if not check.passed]

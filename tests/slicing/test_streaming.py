@@ -12,30 +12,35 @@ import pytest
 from mlx.utils import tree_flatten
 
 from ifp_mlx.errors import CheckpointError, SelectionError
-from ifp_mlx.selection.calibration import CalibrationExample, calibrate
-from ifp_mlx.selection.masks import top_k_indices
 from ifp_mlx.selection.selection import Selection
-from ifp_mlx.slicing.compact import slice_model
+from ifp_mlx.selection.selectors import NamedSelector, RandomSelector, select
+from ifp_mlx.selection.spec import SelectorSpec
+from ifp_mlx.slicing.compact import CutOptions, slice_model
 from ifp_mlx.slicing.streaming import load_subnetwork
-from ifp_mlx.slicing.unit_file import write_side_file
-from ifp_mlx.storage.checkpoint import load_model
+from ifp_mlx.slicing.unit_file import write_unit_file
+from ifp_mlx.storage.arrays import load_arrays
 from ifp_mlx.storage.positioned_reads import PositionedReader, to_array
 from ifp_mlx.storage.tensor_files import read_header
-from ifp_mlx.units import ffn
+from ifp_mlx.storage.weights import load_model
+from ifp_mlx.units.families import FAMILIES
+from ifp_mlx.units.kinds import UnitShape
+from ifp_mlx.units.modules import clone_module, named_arrays
 
+FFN = sorted(name for name, family in FAMILIES.items() if family.kind.name == "ffn")
 CheckpointFactory = Callable[..., Path]
 
 TOKENS = mx.array([[3, 14, 15, 9, 26, 5, 35, 8]])
-SIDE_FILE = pytest.mark.parametrize("side_file", [False, True], ids=["rows", "side-file"])
+UNIT_FILE = pytest.mark.parametrize("unit_file", [False, True], ids=["rows", "unit-file"])
 
 
 def select_random(num_kept_units: int, num_units: int = 192, num_layers: int = 3) -> Selection:
-    scores = mx.random.uniform(shape=(num_layers, num_units), key=mx.random.key(5))
-    return Selection(top_k_indices(scores, num_kept_units), num_units, "random")
+    shape = UnitShape(tuple(range(num_layers)), num_units)
+    named = NamedSelector(RandomSelector(shape, 5), SelectorSpec("random"), "ffn", shape)
+    return select(named, (), num_kept_units)
 
 
 def store_as(path: Path, dtype: mx.Dtype) -> None:
-    weights = {k: v.astype(dtype) for k, v in mx.load(str(path / "model.safetensors")).items()}
+    weights = {k: v.astype(dtype) for k, v in load_arrays(path / "model.safetensors")[0].items()}
     mx.eval(weights)
     mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "mlx"})
 
@@ -66,92 +71,75 @@ def assert_same_parameters(actual: nn.Module, expected: nn.Module) -> None:
         assert mx.array_equal(array, wanted[name]), name
 
 
-@SIDE_FILE
+@UNIT_FILE
 @pytest.mark.parametrize(
     ("family", "num_kept_units"),
-    [("llama", 192), ("llama", 7), *((family, 64) for family in sorted(ffn.FAMILIES))],
+    [("llama", 192), ("llama", 7), *((family, 64) for family in FFN)],
 )
 def test_load_subnetwork_equals_slicing_the_loaded_model(
-    tiny_checkpoint: CheckpointFactory, family: str, num_kept_units: int, side_file: bool
+    tiny_checkpoint: CheckpointFactory, family: str, num_kept_units: int, unit_file: bool
 ) -> None:
     path = tiny_checkpoint(family)
-    if side_file:
-        write_side_file(path)
+    if unit_file:
+        write_unit_file(path)
     selection = select_random(num_kept_units)
     loaded = load_subnetwork(path, selection)
     assert_same_parameters(loaded.model, slice_model(load_model(path)[0], selection))
-    assert loaded.unit_major == side_file
+    assert loaded.used_unit_file == unit_file
     assert loaded.requantization_error == 0
 
 
-@SIDE_FILE
+@UNIT_FILE
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=["bfloat16", "float16"])
 def test_load_subnetwork_keeps_half_precision_bit_for_bit(
-    tiny_checkpoint: CheckpointFactory, dtype: mx.Dtype, side_file: bool
+    tiny_checkpoint: CheckpointFactory, dtype: mx.Dtype, unit_file: bool
 ) -> None:
     path = tiny_checkpoint()
     store_as(path, dtype)
-    if side_file:
-        write_side_file(path)
+    if unit_file:
+        write_unit_file(path)
     selection = select_random(64)
     expected = slice_model(load_model(path)[0], selection)
     assert_same_parameters(load_subnetwork(path, selection).model, expected)
 
 
-@SIDE_FILE
+@UNIT_FILE
 @pytest.mark.parametrize("mode", ["affine-3", "affine-4", "affine-8", "mxfp4", "mxfp8", "nvfp4"])
 def test_load_subnetwork_of_a_quantized_checkpoint_equals_slicing_it(
-    tiny_checkpoint: CheckpointFactory, mode: str, side_file: bool
+    tiny_checkpoint: CheckpointFactory, mode: str, unit_file: bool
 ) -> None:
     path = tiny_checkpoint(hidden_size=64)
-    kind, _, bits = mode.partition("-")
+    kind, _, named_bits = mode.partition("-")
     group_size = 16 if kind == "nvfp4" else 32
-    bits = int(bits or {"mxfp4": 4, "mxfp8": 8, "nvfp4": 4}[kind])
+    bits = int(named_bits or {"mxfp4": 4, "mxfp8": 8, "nvfp4": 4}[kind])
     quantize_checkpoint(path, group_size=group_size, bits=bits, mode=kind)
-    if side_file:
-        write_side_file(path)
+    if unit_file:
+        write_unit_file(path)
     selection = select_random(64)
     for exact_down in (False, True):
-        loaded = load_subnetwork(path, selection, exact_down=exact_down)
-        assert loaded.unit_major == side_file
-        expected = slice_model(load_model(path)[0], selection, exact_down=exact_down)
+        options = CutOptions(exact_down=exact_down)
+        loaded = load_subnetwork(path, selection, options=options)
+        assert loaded.used_unit_file == unit_file
+        expected = slice_model(load_model(path)[0], selection, options)
         assert_same_parameters(loaded.model, expected)
         assert (loaded.requantization_error == 0) == exact_down
 
 
-@SIDE_FILE
+@UNIT_FILE
 def test_load_subnetwork_dequantizes_to_the_asked_type(
-    tiny_checkpoint: CheckpointFactory, side_file: bool
+    tiny_checkpoint: CheckpointFactory, unit_file: bool
 ) -> None:
     path = tiny_checkpoint(hidden_size=64)
     quantize_checkpoint(path, group_size=32, bits=4)
-    if side_file:
-        write_side_file(path)
+    if unit_file:
+        write_unit_file(path)
     selection = select_random(64)
     expected = slice_model(load_model(path, mx.float32)[0], selection)
     loaded = load_subnetwork(path, selection, dtype=mx.float32)
     assert_same_parameters(loaded.model, expected)
 
 
-@SIDE_FILE
-def test_load_subnetwork_folds_values_and_compensation(
-    tiny_checkpoint: CheckpointFactory, side_file: bool
-) -> None:
-    path = tiny_checkpoint()
-    if side_file:
-        write_side_file(path)
-    model = load_model(path)[0]
-    calibration = calibrate(model, [CalibrationExample(TOKENS[0].tolist())])
-    hard = select_random(64)
-    values = mx.random.uniform(low=0.5, shape=hard.indices.shape, key=mx.random.key(3))
-    soft = Selection(hard.indices, hard.num_units, "soft", mask_values=values)
-    expected = slice_model(model, soft, compensation=calibration)
-    loaded = load_subnetwork(path, soft, compensation=calibration)
-    difference = mx.abs(loaded.model(TOKENS) - expected(TOKENS)).max().item()
-    assert difference <= 1e-5
-
-
-def test_side_file_reads_little_more_than_the_kept_units(
+def test_unit_file_reads_little_more_than_the_kept_units(
     tiny_checkpoint: CheckpointFactory,
 ) -> None:
     path = tiny_checkpoint()
@@ -159,16 +147,16 @@ def test_side_file_reads_little_more_than_the_kept_units(
     selection = select_random(64)
     plain = load_subnetwork(path, selection)
     # Without it: gate and up of the kept units, and down of all 192.
-    assert plain.ffn_bytes_read == kept_bytes * 2 // 3 + 3 * 192 * 32 * 4
-    write_side_file(path)
-    assert load_subnetwork(path, selection).ffn_bytes_read == kept_bytes
+    assert plain.unit_bytes_read == kept_bytes * 2 // 3 + 3 * 192 * 32 * 4
+    write_unit_file(path)
+    assert load_subnetwork(path, selection).unit_bytes_read == kept_bytes
 
 
 def test_adapted_models_are_sliced_after_the_adapter(tiny_checkpoint: CheckpointFactory) -> None:
     path = tiny_checkpoint()
 
     def adapt(model: nn.Module) -> nn.Module:
-        changed = ffn.clone_module(model)
+        changed: nn.Module = clone_module(model)
         for layer in changed.layers:
             layer.mlp.up_proj.weight = layer.mlp.up_proj.weight * 2
             layer.self_attn.o_proj.weight = layer.self_attn.o_proj.weight * 3
@@ -177,14 +165,14 @@ def test_adapted_models_are_sliced_after_the_adapter(tiny_checkpoint: Checkpoint
     selection = select_random(64)
     loaded = load_subnetwork(path, selection, adapt=adapt)
     assert_same_parameters(loaded.model, slice_model(adapt(load_model(path)[0]), selection))
-    assert loaded.ffn_bytes_read is None
+    assert loaded.unit_bytes_read is None
 
 
 def test_tensors_stored_in_another_form_are_loaded_whole(
     tiny_checkpoint: CheckpointFactory,
 ) -> None:
     path = tiny_checkpoint("gpt2")
-    weights = mx.load(str(path / "model.safetensors"))
+    weights = load_arrays(path / "model.safetensors")[0]
     # transformers stores gpt2 without this prefix and its matrices the other way round.
     moved = {
         name.removeprefix("model."): mx.contiguous(array.T)
@@ -196,7 +184,7 @@ def test_tensors_stored_in_another_form_are_loaded_whole(
     mx.save_safetensors(str(path / "model.safetensors"), moved, {"format": "pt"})
     selection = select_random(64)
     loaded = load_subnetwork(path, selection)
-    assert loaded.ffn_bytes_read is None
+    assert loaded.unit_bytes_read is None
     assert_same_parameters(loaded.model, slice_model(load_model(path)[0], selection))
 
 
@@ -206,27 +194,28 @@ def test_sub_networks_share_everything_outside_the_ffn_with_their_base(
     path = tiny_checkpoint()
     base = load_model(path, lazy=True)[0]
     loaded = load_subnetwork(path, select_random(64), base=base)
-    arrays = dict(tree_flatten(base.parameters()))
-    shared = {k for k, v in tree_flatten(loaded.model.parameters()) if v is arrays[k]}
+    arrays = named_arrays(base)
+    shared = {k for k, v in named_arrays(loaded.model).items() if v is arrays[k]}
     assert shared == {name for name in arrays if ".mlp." not in name}
 
 
 def test_selection_for_another_model_is_refused_before_reading(
     tiny_checkpoint: CheckpointFactory,
 ) -> None:
-    with pytest.raises(SelectionError, match="3 layers of 96 units, the model has 3 of 192"):
+    with pytest.raises(SelectionError, match="3 layers of 96 units, the model has 3 layers of 192"):
         load_subnetwork(tiny_checkpoint(), select_random(64, num_units=96))
 
 
-def test_stale_side_file_is_ignored_with_a_warning(tiny_checkpoint: CheckpointFactory) -> None:
+def test_stale_unit_file_is_ignored_with_a_warning(
+    tiny_checkpoint: CheckpointFactory, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tiny_checkpoint()
-    write_side_file(path)
+    write_unit_file(path)
     store_as(path, mx.float16)
-    warnings: list[str] = []
-    loaded = load_subnetwork(path, select_random(64), on_warning=warnings.append)
-    assert not loaded.unit_major
-    assert len(warnings) == 1
-    assert "belongs to other weights; run ifp prepare again" in warnings[0]
+    loaded = load_subnetwork(path, select_random(64))
+    assert not loaded.used_unit_file
+    assert len(caplog.messages) == 1
+    assert "belongs to other weights; run ifp prepare again" in caplog.messages[0]
 
 
 def test_progress_counts_layers(tiny_checkpoint: CheckpointFactory) -> None:

@@ -1,4 +1,4 @@
-"""The side file holds every unit once more, and is whole, current or refused."""
+"""The unit file holds every unit once more, and is whole, current or refused."""
 
 import json
 import os
@@ -16,7 +16,8 @@ import pytest
 
 from ifp_mlx.errors import CheckpointError, ResourceError
 from ifp_mlx.slicing.packed_codes import decode_columns, pack_codes, unpack_codes
-from ifp_mlx.slicing.unit_file import SIDE_FILE, side_file_is_current, write_side_file
+from ifp_mlx.slicing.unit_file import UNIT_FILE, unit_file_is_current, write_unit_file
+from ifp_mlx.storage.arrays import load_arrays
 from ifp_mlx.storage.tensor_files import read_header
 
 CheckpointFactory = Callable[..., Path]
@@ -24,9 +25,9 @@ CheckpointFactory = Callable[..., Path]
 
 def test_a_record_is_the_unit_s_rows_and_column(tiny_checkpoint: CheckpointFactory) -> None:
     path = tiny_checkpoint()
-    side_file = write_side_file(path)
-    weights = mx.load(str(path / "model.safetensors"))
-    records = mx.load(str(side_file))
+    unit_file = write_unit_file(path)
+    weights = load_arrays(path / "model.safetensors")[0]
+    records = load_arrays(unit_file)[0]
     for layer in range(3):
         prefix = f"model.layers.{layer}.mlp"
         gate, up, down = (
@@ -38,39 +39,39 @@ def test_a_record_is_the_unit_s_rows_and_column(tiny_checkpoint: CheckpointFacto
 
 def test_units_are_aligned(tiny_checkpoint: CheckpointFactory) -> None:
     path = tiny_checkpoint(hidden_size=36)  # 432 bytes a unit
-    tensors = read_header(write_side_file(path)).values()
+    tensors = read_header(write_unit_file(path)).values()
     assert {tensor.shape for tensor in tensors} == {(192, 448)}
     assert next(iter(tensors)).offset % 4096 == 0
 
 
 def test_progress_ends_at_the_size_of_the_file(tiny_checkpoint: CheckpointFactory) -> None:
     seen: list[tuple[int, int]] = []
-    side_file = write_side_file(
+    unit_file = write_unit_file(
         tiny_checkpoint(), on_bytes=lambda done, total: seen.append((done, total))
     )
-    size_bytes = side_file.stat().st_size
+    size_bytes = unit_file.stat().st_size
     assert len(seen) == 3
     assert seen[-1] == (size_bytes, size_bytes)
 
 
-def test_side_file_of_other_weights_is_not_current(tiny_checkpoint: CheckpointFactory) -> None:
+def test_unit_file_of_other_weights_is_not_current(tiny_checkpoint: CheckpointFactory) -> None:
     path = tiny_checkpoint()
-    assert not side_file_is_current(path)
-    write_side_file(path)
-    assert side_file_is_current(path)
-    weights = mx.load(str(path / "model.safetensors"))
+    assert not unit_file_is_current(path)
+    write_unit_file(path)
+    assert unit_file_is_current(path)
+    weights = load_arrays(path / "model.safetensors")[0]
     changed = {name: array + 1 for name, array in weights.items()}
     mx.save_safetensors(str(path / "model.safetensors"), changed, {"format": "mlx"})
-    assert not side_file_is_current(path)
+    assert not unit_file_is_current(path)
 
 
-def rewrite_header(side_file: Path, change: Callable[[dict[str, object]], None]) -> None:
-    content = side_file.read_bytes()
+def rewrite_header(unit_file: Path, change: Callable[[dict[str, object]], None]) -> None:
+    content = unit_file.read_bytes()
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
     change(header)
     padded = json.dumps(header).encode().ljust(size)
-    side_file.write_bytes(content[:8] + padded + content[8 + size :])
+    unit_file.write_bytes(content[:8] + padded + content[8 + size :])
 
 
 @pytest.mark.parametrize(
@@ -83,12 +84,12 @@ def rewrite_header(side_file: Path, change: Callable[[dict[str, object]], None])
     ],
     ids=["version", "no-metadata", "shape", "offsets"],
 )
-def test_side_file_with_another_header_is_not_current(
+def test_unit_file_with_another_header_is_not_current(
     tiny_checkpoint: CheckpointFactory, change: Callable[[dict[str, object]], None]
 ) -> None:
     path = tiny_checkpoint()
-    rewrite_header(write_side_file(path), change)
-    assert not side_file_is_current(path)
+    rewrite_header(write_unit_file(path), change)
+    assert not unit_file_is_current(path)
 
 
 def test_only_one_process_writes(tiny_checkpoint: CheckpointFactory) -> None:
@@ -98,12 +99,12 @@ def test_only_one_process_writes(tiny_checkpoint: CheckpointFactory) -> None:
         filelock.FileLock(path / "ifp" / ".units.lock"),
         pytest.raises(ResourceError, match=r"another process is writing .*units\.safetensors"),
     ):
-        write_side_file(path)
+        write_unit_file(path)
 
 
 def test_checkpoint_of_another_layout_is_refused(tiny_checkpoint: CheckpointFactory) -> None:
     path = tiny_checkpoint("gpt2")
-    weights = mx.load(str(path / "model.safetensors"))
+    weights = load_arrays(path / "model.safetensors")[0]
     # transformers stores gpt2 without this prefix and its matrices the other way round.
     moved = {
         name.removeprefix("model."): mx.contiguous(array.T)
@@ -114,7 +115,7 @@ def test_checkpoint_of_another_layout_is_refused(tiny_checkpoint: CheckpointFact
     mx.eval(moved)
     mx.save_safetensors(str(path / "model.safetensors"), moved, {"format": "mlx"})
     with pytest.raises(CheckpointError, match="is not stored as mlx-lm has it; run ifp convert"):
-        write_side_file(path)
+        write_unit_file(path)
 
 
 @pytest.mark.slow
@@ -122,9 +123,9 @@ def test_killed_runs_leave_no_part_of_a_file(tiny_checkpoint: CheckpointFactory)
     path = tiny_checkpoint(hidden_size=128, intermediate_size=1024, num_hidden_layers=8)
     # Slow enough to be killed while it writes.
     program = (
-        "import sys, time, pathlib; from ifp_mlx.slicing.unit_file import write_side_file;"
+        "import sys, time, pathlib; from ifp_mlx.slicing.unit_file import write_unit_file;"
         "print('ready', flush=True);"
-        "write_side_file(pathlib.Path(sys.argv[1]), on_bytes=lambda *_: time.sleep(0.02))"
+        "write_unit_file(pathlib.Path(sys.argv[1]), on_bytes=lambda *_: time.sleep(0.02))"
     )
     delays = np.random.default_rng(7).uniform(0.0, 0.3, size=10)
     for delay in delays:
@@ -134,10 +135,10 @@ def test_killed_runs_leave_no_part_of_a_file(tiny_checkpoint: CheckpointFactory)
         time.sleep(delay)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
-        assert not (path / SIDE_FILE).exists() or side_file_is_current(path)
-        (path / SIDE_FILE).unlink(missing_ok=True)
-    write_side_file(path)
-    assert side_file_is_current(path)
+        assert not (path / UNIT_FILE).exists() or unit_file_is_current(path)
+        (path / UNIT_FILE).unlink(missing_ok=True)
+    write_unit_file(path)
+    assert unit_file_is_current(path)
     left = {entry.name for entry in (path / "ifp").iterdir()}
     assert left <= {"units.safetensors", ".units.lock"}
 
@@ -157,9 +158,9 @@ def test_packed_codes_round_trip(bits: int) -> None:
 )  # fmt: skip
 def test_decoded_columns_are_the_dequantized_ones(mode: str, bits: int, group_size: int) -> None:
     weight = mx.random.normal((96, 192))
-    quantization = {"group_size": group_size, "bits": bits, "mode": mode}
-    packed, scales, *biases = mx.quantize(weight, **quantization)
-    expected = mx.dequantize(packed, scales, *biases, **quantization)
+    packed, scales, *biases = mx.quantize(weight, group_size, bits, mode=mode)
+    bias = biases[0] if biases else None
+    expected = mx.dequantize(packed, scales, bias, group_size, bits, mode=mode)
     columns = mx.array([0, 5, 31, 32, 77, 191])
     codes = unpack_codes(np.array(packed).view(np.uint8), bits)
     by_column = pack_codes(np.ascontiguousarray(codes.T), bits)[np.array(columns)]
@@ -167,7 +168,7 @@ def test_decoded_columns_are_the_dequantized_ones(mode: str, bits: int, group_si
     found = decode_columns(
         mx.array(by_column.view(np.uint32)),
         mx.take(scales, groups, axis=1),
-        mx.take(biases[0], groups, axis=1) if biases else None,
+        None if bias is None else mx.take(bias, groups, axis=1),
         bits=bits,
         mode=mode,
         dtype=mx.float32,

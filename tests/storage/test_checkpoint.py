@@ -10,12 +10,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 from ifp_mlx.errors import CheckpointError, IFPError
-from ifp_mlx.storage.checkpoint import (
-    fingerprint,
-    load_model,
-    load_tokenizer,
-    read_config,
-)
+from ifp_mlx.storage.config_file import read_config
+from ifp_mlx.storage.identity import fingerprint
+from ifp_mlx.storage.tokenizer import load_tokenizer
+from ifp_mlx.storage.weights import load_model
 
 CheckpointFactory = Callable[..., Path]
 EditConfig = Callable[..., None]
@@ -169,4 +167,4 @@ def test_rope_parameters_of_transformers_5_are_read(
     expected = load_model(old)[0](TOKENS)
     assert mx.array_equal(load_model(new)[0](TOKENS), expected)
     assert not mx.allclose(load_model(plain)[0](TOKENS), expected, atol=1e-4)
-    assert read_config(new)["rope_theta"] == 300.0
+    assert read_config(new).content["rope_theta"] == 300.0

@@ -7,10 +7,8 @@ from typing import Any
 import pytest
 
 from ifp_mlx.errors import ArchitectureError, CheckpointError, ConfigError
-from ifp_mlx.storage.checkpoint import (
-    load_model,
-    read_config,
-)
+from ifp_mlx.storage.config_file import read_config
+from ifp_mlx.storage.weights import load_model
 
 CheckpointFactory = Callable[..., Path]
 EditConfig = Callable[..., None]
@@ -80,8 +78,8 @@ def test_read_config_refuses_an_unknown_family(
     tiny_checkpoint: CheckpointFactory, edit_config: EditConfig
 ) -> None:
     folder = tiny_checkpoint()
-    edit_config(folder, model_type="mixtral")
-    with pytest.raises(ArchitectureError, match="'mixtral' is not supported; these are: cohere"):
+    edit_config(folder, model_type="llama4")
+    with pytest.raises(ArchitectureError, match="'llama4' is not supported; these are: afmoe"):
         read_config(folder)
     edit_config(folder, model_type=...)
     with pytest.raises(ConfigError, match="has no model_type"):

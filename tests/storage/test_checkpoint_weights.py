@@ -10,10 +10,7 @@ import numpy as np
 import pytest
 
 from ifp_mlx.errors import CheckpointError
-from ifp_mlx.storage.checkpoint import (
-    load_model,
-    stored_tensors,
-)
+from ifp_mlx.storage.weights import load_model, stored_tensors
 
 CheckpointFactory = Callable[..., Path]
 EditConfig = Callable[..., None]

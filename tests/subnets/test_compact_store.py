@@ -1,6 +1,5 @@
 """Compact models on disk: the same answers as cutting them, and never somebody else's weights."""
 
-import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,18 +15,15 @@ from ifp_mlx.convert.quantize import make_quantization, quantize_checkpoint
 from ifp_mlx.errors import AdapterError, ResourceError
 from ifp_mlx.selection.calibration import CalibrationExample, calibrate
 from ifp_mlx.selection.predictor import PredictorHead
-from ifp_mlx.selection.selection import Selection
-from ifp_mlx.slicing.compact import slice_model
-from ifp_mlx.storage import checkpoint
-from ifp_mlx.subnets import base_model, compact_store
-from ifp_mlx.subnets.compact_models import SubNetwork
-from ifp_mlx.subnets.selector_choice import (
-    SELECTOR_NAMES,
-    choose_selector,
-    make_selector,
-    selector_version,
-)
-from ifp_mlx.subnets.task_cache import SubNetCache
+from ifp_mlx.selection.spec import SelectorSpec
+from ifp_mlx.slicing.compact import CutOptions
+from ifp_mlx.storage import weights
+from ifp_mlx.storage.arrays import load_arrays
+from ifp_mlx.storage.weights import load_model
+from ifp_mlx.subnets import compact_store, dense_model
+from ifp_mlx.subnets.selectors import SELECTORS, SelectorFiles, selector_version
+from ifp_mlx.subnets.subnetwork import SubNetwork
+from ifp_mlx.subnets.task_cache import TaskCache
 
 CheckpointFactory = Callable[..., Path]
 TASK = "help me write Python"
@@ -35,27 +31,27 @@ TOKENS = mx.array([[3, 14, 15, 9, 26]])
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> SubNetCache:
-    return SubNetCache(tmp_path / "subnets")
+def cache(tmp_path: Path) -> TaskCache:
+    return TaskCache(tmp_path / "subnets")
 
 
-def ask(folder: Path, cache: SubNetCache, task: str = TASK, **options: object) -> SubNetwork:
+def ask(folder: Path, cache: TaskCache, task: str = TASK, **options: object) -> SubNetwork:
     """Return a task's sub-network as a new process gets it."""
     assistant = Assistant.load(folder, cache=cache, preload=False, **options)  # type: ignore[arg-type]
     return assistant.subnetwork_for_task(task, 64)
 
 
-def stored_files(cache: SubNetCache) -> list[Path]:
+def stored_files(cache: TaskCache) -> list[Path]:
     return sorted(cache.compact_folder.glob("*/*.safetensors"))
 
 
-def own_files(cache: SubNetCache) -> list[Path]:
+def own_files(cache: TaskCache) -> list[Path]:
     return [path for path in stored_files(cache) if path.stem != "shared"]
 
 
 def write_adapter(model_path: Path, *, num_units: int = 192) -> Path:
     """Write an adapter that changes FFN and attention weights, with a predictor."""
-    base, _ = checkpoint.load_model(model_path)
+    base, _ = load_model(model_path)
     keys = iter(mx.random.split(mx.random.key(4), 64))
     changed = {
         name: array + 0.02 * mx.random.normal(array.shape, key=next(keys))
@@ -70,7 +66,7 @@ def write_adapter(model_path: Path, *, num_units: int = 192) -> Path:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "phi3"])
 def test_a_stored_model_equals_the_one_that_was_cut(
-    tiny_checkpoint: CheckpointFactory, cache: SubNetCache, family: str
+    tiny_checkpoint: CheckpointFactory, cache: TaskCache, family: str
 ) -> None:
     folder = tiny_checkpoint(family)
     first, second = ask(folder, cache), ask(folder, cache)
@@ -81,7 +77,7 @@ def test_a_stored_model_equals_the_one_that_was_cut(
 
 
 def test_a_family_whose_width_is_not_in_its_config_is_cut_each_time(
-    tiny_checkpoint: CheckpointFactory, cache: SubNetCache
+    tiny_checkpoint: CheckpointFactory, cache: TaskCache
 ) -> None:
     folder = tiny_checkpoint("gpt2")
     first, second = ask(folder, cache), ask(folder, cache)
@@ -91,34 +87,34 @@ def test_a_family_whose_width_is_not_in_its_config_is_cut_each_time(
 
 
 def test_the_dense_model_is_left_alone_for_a_stored_task(
-    tiny_checkpoint: CheckpointFactory, cache: SubNetCache, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: CheckpointFactory, cache: TaskCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_checkpoint()
     ask(folder, cache)
-    real = base_model.open_base_model
+    real = dense_model.open_dense_model
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the dense model was opened")
 
-    monkeypatch.setattr("ifp_mlx.assistant.open_base_model", refuse)
+    monkeypatch.setattr("ifp_mlx.assistant.open_dense_model", refuse)
     assistant = Assistant.load(folder, cache=cache, preload=False)
     assert assistant.subnetwork_for_task(TASK, 64).weights_from_disk
-    monkeypatch.setattr("ifp_mlx.assistant.open_base_model", real)
+    monkeypatch.setattr("ifp_mlx.assistant.open_dense_model", real)
     later = Assistant.load(folder, cache=cache, preload=False)
     later.subnetwork_for_task(TASK, 64)
-    expected = checkpoint.load_model(folder)[0](TOKENS)
+    expected = load_model(folder)[0](TOKENS)
     assert mx.array_equal(later.dense().model(TOKENS), expected)
     assert not later.subnetwork_for_task("another task", 64).weights_from_disk
 
 
 def test_an_adapter_is_in_the_stored_weights(
-    tiny_checkpoint: CheckpointFactory, cache: SubNetCache
+    tiny_checkpoint: CheckpointFactory, cache: TaskCache
 ) -> None:
     folder = tiny_checkpoint()
     plain = ask(folder, cache)
     write_adapter(folder)
     first, second = ask(folder, cache), ask(folder, cache)
-    assert (second.selector, second.weights_from_disk) == ("predictor", True)
+    assert (str(second.selector), second.weights_from_disk) == ("predictor", True)
     assert mx.array_equal(first.model(TOKENS), second.model(TOKENS))
     assert not mx.allclose(first.model(TOKENS), plain.model(TOKENS), atol=1e-3)
     without = ask(folder, cache, use_adapter=False)
@@ -126,7 +122,7 @@ def test_an_adapter_is_in_the_stored_weights(
 
 
 def test_a_damaged_adapter_is_refused_when_its_weights_are_needed(
-    tiny_checkpoint: CheckpointFactory, cache: SubNetCache
+    tiny_checkpoint: CheckpointFactory, cache: TaskCache
 ) -> None:
     folder = tiny_checkpoint()
     adapter = write_adapter(folder)
@@ -147,11 +143,11 @@ def packed(
     """A quantized checkpoint that is computed as it is stored, as on a GPU."""
     quantization = make_quantization(bits=4, group_size=32)
     quantize_checkpoint(tiny_checkpoint(hidden_size=64), tmp_path / "packed", quantization)
-    monkeypatch.setattr(checkpoint, "automatic_dtype", lambda model: None)
+    monkeypatch.setattr(weights, "automatic_dtype", lambda model: None)
     return tmp_path / "packed"
 
 
-def test_packed_layers_stay_packed(packed: Path, cache: SubNetCache) -> None:
+def test_packed_layers_stay_packed(packed: Path, cache: TaskCache) -> None:
     first, second = ask(packed, cache), ask(packed, cache)
     assert second.weights_from_disk
     assert isinstance(second.model.layers[0].mlp.gate_proj, nn.QuantizedLinear)
@@ -160,20 +156,21 @@ def test_packed_layers_stay_packed(packed: Path, cache: SubNetCache) -> None:
 
 
 def test_modules_that_mlx_lm_does_not_have_are_cut_each_time(
-    packed: Path, cache: SubNetCache
+    packed: Path, cache: TaskCache
 ) -> None:
-    first, second = ask(packed, cache, exact_down=True), ask(packed, cache, exact_down=True)
+    exact = CutOptions(exact_down=True)
+    first, second = ask(packed, cache, options=exact), ask(packed, cache, options=exact)
     assert not second.weights_from_disk
     assert mx.array_equal(first.model(TOKENS), second.model(TOKENS))
 
 
 def test_weights_written_again_are_not_taken_for_the_old_ones(
-    tiny_checkpoint: CheckpointFactory, cache: SubNetCache
+    tiny_checkpoint: CheckpointFactory, cache: TaskCache
 ) -> None:
     folder = tiny_checkpoint()
     before = ask(folder, cache)
     file = folder / "model.safetensors"
-    weights = dict(mx.load(str(file)))
+    weights = load_arrays(file)[0]
     # One value in the middle of a tensor, which the fingerprint's samples do not see.
     name = "model.layers.1.self_attn.q_proj.weight"
     weights[name] = mx.where(mx.arange(32 * 32).reshape(32, 32) == 300, 9.0, weights[name])
@@ -187,7 +184,11 @@ def test_weights_written_again_are_not_taken_for_the_old_ones(
 @pytest.mark.parametrize("which", ["own", "shared"])
 @pytest.mark.parametrize("damage", ["truncated", "not safetensors", "empty"])
 def test_damaged_files_are_removed_and_made_again(
-    tiny_checkpoint: CheckpointFactory, cache: SubNetCache, which: str, damage: str
+    tiny_checkpoint: CheckpointFactory,
+    cache: TaskCache,
+    caplog: pytest.LogCaptureFixture,
+    which: str,
+    damage: str,
 ) -> None:
     folder = tiny_checkpoint()
     expected = ask(folder, cache).model(TOKENS)
@@ -198,31 +199,29 @@ def test_damaged_files_are_removed_and_made_again(
             damage
         ]
     )
-    warnings: list[str] = []
-    again = ask(folder, cache, on_warning=warnings.append)
+    again = ask(folder, cache)
     assert not again.weights_from_disk
     assert mx.array_equal(again.model(TOKENS), expected)
-    assert len(warnings) == 1
-    assert warnings[0].startswith("removed damaged weights from the cache")
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("removed damaged weights from the cache")
     assert ask(folder, cache).weights_from_disk
 
 
 def test_arrays_of_another_shape_are_not_used(
-    tiny_checkpoint: CheckpointFactory, cache: SubNetCache
+    tiny_checkpoint: CheckpointFactory, cache: TaskCache, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tiny_checkpoint()
     expected = ask(folder, cache).model(TOKENS)
     [own] = own_files(cache)
-    arrays, header = mx.load(str(own), return_metadata=True)
+    arrays, header = load_arrays(own)
     name = "model.layers.0.mlp.up_proj.weight"
     mx.save_safetensors(str(own), {**arrays, name: arrays[name][:32]}, header)
-    warnings: list[str] = []
-    assert mx.array_equal(ask(folder, cache, on_warning=warnings.append).model(TOKENS), expected)
-    assert len(warnings) == 1
+    assert mx.array_equal(ask(folder, cache).model(TOKENS), expected)
+    assert len(caplog.messages) == 1
 
 
 def test_tasks_share_what_is_outside_the_units(
-    tiny_checkpoint: CheckpointFactory, cache: SubNetCache
+    tiny_checkpoint: CheckpointFactory, cache: TaskCache
 ) -> None:
     folder = tiny_checkpoint()
     ask(folder, cache)
@@ -249,7 +248,7 @@ def test_the_least_recently_used_leave_when_the_budget_is_full(tmp_path: Path) -
 
 
 def test_removing_a_task_removes_its_weights(
-    tiny_checkpoint: CheckpointFactory, cache: SubNetCache
+    tiny_checkpoint: CheckpointFactory, cache: TaskCache
 ) -> None:
     ask(tiny_checkpoint(), cache)
     assert stored_files(cache)
@@ -258,48 +257,41 @@ def test_removing_a_task_removes_its_weights(
 
 
 def test_a_full_disk_costs_the_stored_weights_not_the_answer(
-    tiny_checkpoint: CheckpointFactory, cache: SubNetCache, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: CheckpointFactory,
+    cache: TaskCache,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def full(*_: object) -> None:
         raise ResourceError("cannot write: No space left on device")
 
     monkeypatch.setattr(compact_store, "save_arrays", full)
-    warnings: list[str] = []
-    subnet = ask(tiny_checkpoint(), cache, on_warning=warnings.append)
+    subnet = ask(tiny_checkpoint(), cache)
     assert subnet.num_kept_units == 64
-    assert warnings == [
+    assert caplog.messages == [
         "the sub-network's weights are not kept: cannot write: No space left on device"
     ]
 
 
-def test_prompts_large_models_and_compensation_are_not_stored(
-    tiny_checkpoint: CheckpointFactory, cache: SubNetCache, monkeypatch: pytest.MonkeyPatch
+def test_prompts_and_large_models_are_not_stored(
+    tiny_checkpoint: CheckpointFactory, cache: TaskCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_checkpoint()
     Assistant.load(folder, cache=cache).subnetwork_for_prompt("hello", 64)
-    monkeypatch.setattr(base_model, "KEPT_SHARE_OF_MEMORY", 0)
+    monkeypatch.setattr(dense_model, "SMALL_SHARE_OF_MEMORY", 0)
     ask(folder, cache)
     assert stored_files(cache) == []
 
 
-def test_mask_values_are_part_of_a_selection_s_name(tiny_checkpoint: CheckpointFactory) -> None:
-    model, _ = checkpoint.load_model(tiny_checkpoint())
-    indices = mx.broadcast_to(mx.arange(64, dtype=mx.int32), (3, 64))
-    plain = Selection(indices, 192, "random")
-    soft = dataclasses.replace(plain, mask_values=mx.full((3, 64), 0.5))
-    assert compact_store.selection_digest(plain) != compact_store.selection_digest(soft)
-    assert slice_model(model, soft) is not None
-
-
-@pytest.mark.parametrize("name", SELECTOR_NAMES)
+@pytest.mark.parametrize("name", SELECTORS)
 def test_versions_are_known_without_making_the_selector(
     tiny_checkpoint: CheckpointFactory, name: str
 ) -> None:
     folder = tiny_checkpoint()
     write_adapter(folder)
-    model, _ = checkpoint.load_model(folder)
+    model, _ = load_model(folder)
     calibration = calibrate(model, [CalibrationExample(range(9, 60))])
-    adapter = load_adapter(folder / "ifp" / "adapter")
-    chosen = choose_selector(name, adapter, calibration)
-    made = make_selector(chosen, model, adapter, calibration)
-    assert selector_version(chosen, adapter) == made.version
+    files = SelectorFiles(load_adapter(folder / "ifp" / "adapter"), calibration)
+    assert files.adapter is not None
+    expected = files.adapter.fingerprint if name == "predictor" else SELECTORS[name].version
+    assert selector_version(SelectorSpec(name), files) == expected

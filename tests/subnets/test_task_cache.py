@@ -9,9 +9,10 @@ import mlx.core as mx
 import pytest
 
 from ifp_mlx.errors import CacheError, ResourceError, SelectionError
-from ifp_mlx.selection.masks import top_k_indices
-from ifp_mlx.selection.selection import Selection
-from ifp_mlx.subnets.task_cache import CacheKey, SubNetCache, fold_task
+from ifp_mlx.selection.selection import Pick, Selection
+from ifp_mlx.selection.spec import SelectorSpec
+from ifp_mlx.selection.top_k import top_k_indices
+from ifp_mlx.subnets.task_cache import CacheKey, Reuse, TaskCache, fold_task
 
 
 def make_key(task: str = "write Python", **changes: object) -> CacheKey:
@@ -21,6 +22,7 @@ def make_key(task: str = "write Python", **changes: object) -> CacheKey:
         "adapter": "",
         "selector": "static",
         "selector_version": "1",
+        "kind": "ffn",
         "num_kept_units": 5,
     }
     return CacheKey(**{**fields, **changes})  # type: ignore[arg-type]
@@ -28,20 +30,26 @@ def make_key(task: str = "write Python", **changes: object) -> CacheKey:
 
 def make_selection(seed: int = 0) -> Selection:
     scores = mx.random.uniform(shape=(2, 24), key=mx.random.key(seed))
-    return Selection(top_k_indices(scores, 5), 24, "static")
+    return selection_of(top_k_indices(scores, 5))
+
+
+def selection_of(indices: mx.array) -> Selection:
+    return Selection((Pick("ffn", (0, 1), indices, 24),), SelectorSpec("static"))
 
 
 def test_stored_selection_comes_back(tmp_path: Path) -> None:
-    cache = SubNetCache(tmp_path / "new")
+    cache = TaskCache(tmp_path / "new")
     cache.put(make_key(), make_selection(), "tiny")
     found = cache.get(make_key())
     assert found is not None
-    assert mx.array_equal(found.indices, make_selection().indices)
-    assert (found.num_units, found.selector) == (24, "static")
+    selection, reuse = found
+    assert mx.array_equal(selection.pick.indices, make_selection().pick.indices)
+    assert (selection.num_units, selection.selector) == (24, SelectorSpec("static"))
+    assert reuse is None
 
 
 def test_requantization_error_is_kept_with_the_entry(tmp_path: Path) -> None:
-    cache = SubNetCache(tmp_path)
+    cache = TaskCache(tmp_path)
     stored = cache.put(make_key(), make_selection(), "tiny")
     assert stored.requantization_error is None
     for error in (0.0041, 0.0):  # as it is loaded, then exactly
@@ -49,7 +57,7 @@ def test_requantization_error_is_kept_with_the_entry(tmp_path: Path) -> None:
         (entry,) = cache.entries()
         assert entry.requantization_error == error
         assert (entry.model_name, entry.created_s) == ("tiny", stored.created_s)
-        assert mx.array_equal(entry.load().indices, make_selection().indices)
+        assert mx.array_equal(entry.load().pick.indices, make_selection().pick.indices)
     cache.note_requantization_error(make_key("write Rust"), 0.1)
     assert len(cache.entries()) == 1
 
@@ -62,39 +70,41 @@ def test_requantization_error_is_kept_with_the_entry(tmp_path: Path) -> None:
         {"adapter": "adapter-1"},
         {"selector": "blend"},
         {"selector_version": "2"},
+        {"kind": "expert"},
         {"num_kept_units": 6},
     ],
     ids=lambda changes: next(iter(changes)),
 )
 def test_every_field_is_part_of_the_key(tmp_path: Path, changes: dict[str, object]) -> None:
-    cache = SubNetCache(tmp_path)
+    cache = TaskCache(tmp_path)
     cache.put(make_key(), make_selection(), "tiny")
     assert cache.get(make_key(**changes)) is None  # type: ignore[arg-type]
 
 
 def test_white_space_and_unicode_form_do_not_matter(tmp_path: Path) -> None:
-    cache = SubNetCache(tmp_path)
+    cache = TaskCache(tmp_path)
     cache.put(make_key("caf\u00e9  menus\n"), make_selection(), "tiny")
     assert cache.get(make_key("cafe\u0301 menus")) is not None
     assert fold_task(" a\t b ") == "a b"
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x08\0\0\0\0\0\0\0notjson!", b"x" * 500])
-def test_damaged_entry_is_moved_aside_and_reported(tmp_path: Path, damage: bytes) -> None:
-    warnings: list[str] = []
-    cache = SubNetCache(tmp_path, on_warning=warnings.append)
+def test_damaged_entry_is_moved_aside_and_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: bytes
+) -> None:
+    cache = TaskCache(tmp_path)
     path = cache.put(make_key(), make_selection(), "tiny").path
     path.write_bytes(damage)
     assert cache.get(make_key()) is None
     assert (tmp_path / "quarantine" / path.name).read_bytes() == damage
-    assert len(warnings) == 1
-    assert "damaged" in warnings[0]
+    assert len(caplog.messages) == 1
+    assert "damaged" in caplog.messages[0]
     cache.put(make_key(), make_selection(), "tiny")
     assert cache.get(make_key()) is not None
 
 
 def test_truncated_entry_is_moved_aside(tmp_path: Path) -> None:
-    cache = SubNetCache(tmp_path)
+    cache = TaskCache(tmp_path)
     path = cache.put(make_key(), make_selection(), "tiny").path
     path.write_bytes(path.read_bytes()[:-8])
     assert cache.get(make_key()) is None
@@ -102,7 +112,7 @@ def test_truncated_entry_is_moved_aside(tmp_path: Path) -> None:
 
 
 def test_entry_of_another_checkpoint_is_not_served(tmp_path: Path) -> None:
-    cache = SubNetCache(tmp_path)
+    cache = TaskCache(tmp_path)
     other = cache.put(make_key(base="base-2"), make_selection(), "tiny").path
     mine = tmp_path / f"{make_key().digest}.safetensors"
     other.rename(mine)
@@ -111,14 +121,14 @@ def test_entry_of_another_checkpoint_is_not_served(tmp_path: Path) -> None:
 
 
 def test_entry_with_indices_out_of_range_is_not_served(tmp_path: Path) -> None:
-    cache = SubNetCache(tmp_path)
-    bad = Selection(mx.array([[0, 1, 2, 3, 24]] * 2, dtype=mx.int32), 24, "static")
+    cache = TaskCache(tmp_path)
+    bad = selection_of(mx.array([[0, 1, 2, 3, 24]] * 2, dtype=mx.int32))
     cache.put(make_key(), bad, "tiny")
     assert cache.get(make_key()) is None
 
 
 def test_least_recently_used_entries_go_first(tmp_path: Path) -> None:
-    cache = SubNetCache(tmp_path)
+    cache = TaskCache(tmp_path)
     for age, task in enumerate(["new", "middle", "old"]):
         entry = cache.put(make_key(task), make_selection(), "tiny")
         os.utime(entry.path, (time.time() - 100 * age,) * 2)
@@ -130,21 +140,21 @@ def test_least_recently_used_entries_go_first(tmp_path: Path) -> None:
 
 
 def test_byte_budget_is_kept_but_the_newest_entry_stays(tmp_path: Path) -> None:
-    cache = SubNetCache(tmp_path, max_bytes=1)
+    cache = TaskCache(tmp_path, max_bytes=1)
     cache.put(make_key("first"), make_selection(), "tiny")
     cache.put(make_key("second"), make_selection(), "tiny")
     assert [entry.key.task for entry in cache.entries()] == ["second"]
 
 
 def test_find_takes_a_task_or_the_start_of_a_key(tmp_path: Path) -> None:
-    cache = SubNetCache(tmp_path)
+    cache = TaskCache(tmp_path)
     entry = cache.put(make_key("write  Python"), make_selection(), "tiny")
     assert cache.find("write Python") == entry
     assert cache.find(entry.path.stem[:6]) == entry
 
 
 def test_find_says_when_there_is_none_or_several(tmp_path: Path) -> None:
-    cache = SubNetCache(tmp_path)
+    cache = TaskCache(tmp_path)
     with pytest.raises(CacheError, match="no cached sub-network for 'x'"):
         cache.find("x")
     for num_kept_units in (5, 6):
@@ -154,7 +164,7 @@ def test_find_says_when_there_is_none_or_several(tmp_path: Path) -> None:
 
 
 def test_verify_names_every_damaged_entry(tmp_path: Path) -> None:
-    cache = SubNetCache(tmp_path)
+    cache = TaskCache(tmp_path)
     path = cache.put(make_key("bad"), make_selection(), "tiny").path
     cache.put(make_key("good"), make_selection(), "tiny")
     path.write_bytes(b"junk")
@@ -171,7 +181,7 @@ def test_disk_full_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(mx, "save_safetensors", full)
     with pytest.raises(ResourceError, match="No space left"):
-        SubNetCache(tmp_path).put(make_key(), make_selection(), "tiny")
+        TaskCache(tmp_path).put(make_key(), make_selection(), "tiny")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -182,7 +192,7 @@ def test_damaged_selection_file_is_named(tmp_path: Path) -> None:
 
 
 def _build_once(folder: Path, log: Path) -> None:
-    cache = SubNetCache(folder)
+    cache = TaskCache(folder)
     with cache.lock(make_key()):
         if cache.get(make_key()) is None:
             with log.open("a") as file:
@@ -203,11 +213,54 @@ def test_two_processes_build_one_key_once(tmp_path: Path) -> None:
         worker.join(60)
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert log.read_text() == "built\n"
-    assert SubNetCache(tmp_path / "cache").get(make_key()) is not None
+    assert TaskCache(tmp_path / "cache").get(make_key()) is not None
 
 
 def test_lock_in_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    cache = SubNetCache(tmp_path / "file" / "cache")
+    cache = TaskCache(tmp_path / "file" / "cache")
     with pytest.raises(CacheError, match="cannot use the cache"), cache.lock(make_key()):
         pass
+
+
+def test_damaged_entry_does_not_harm_the_search_for_another_task(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = TaskCache(tmp_path)
+    near = cache.put(make_key("near"), make_selection(), "tiny").path
+    damaged = cache.put(make_key("damaged"), make_selection(1), "tiny").path
+    content = damaged.read_bytes()
+    size = 8 + int.from_bytes(content[:8], "little")
+    # The header is whole, which is all that a listing reads; the indices are out of range.
+    damaged.write_bytes(content[:size] + b"\x7f" * (len(content) - size))
+    found = cache.find_overlapping(make_key("new"), make_selection(), 0.5)
+    assert found is not None
+    assert found[0] == Reuse("near", 1.0)
+    assert near.exists()
+    assert (tmp_path / "quarantine" / damaged.name).exists()
+    assert "damaged" in caplog.text
+
+
+def test_reuse_is_remembered_with_the_entry(tmp_path: Path) -> None:
+    cache = TaskCache(tmp_path)
+    reuse = Reuse("write Python", 0.875)
+    entry = cache.put(make_key("help with Python"), make_selection(), "tiny", reuse=reuse)
+    assert entry.reuse == reuse
+    found = cache.get(make_key("help with Python"))
+    assert found is not None
+    assert found[1] == reuse
+
+
+def test_entries_of_older_formats_are_made_again_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = tmp_path / f"{'0' * 32}.safetensors"
+    header = {"format_version": "1", "task": "write Python", "num_units": "24"}
+    mx.save_safetensors(str(old), {"indices": mx.zeros((2, 5), mx.int32)}, header)
+    cache = TaskCache(tmp_path)
+    assert cache.entries() == []
+    assert cache.get(make_key()) is None
+    assert cache.verify() == []
+    cache.put(make_key(), make_selection(), "tiny")
+    assert not old.exists()
+    assert not caplog.messages

@@ -10,14 +10,8 @@ import numpy as np
 import pytest
 
 from ifp_mlx.errors import ConfigError, DataError, TrainingError
-from ifp_mlx.storage.checkpoint import load_tokenizer
-from ifp_mlx.text.examples import (
-    ChatTokenizer,
-    ExampleRules,
-    ExampleSet,
-    chat_ids,
-    tokenise_files,
-)
+from ifp_mlx.storage.tokenizer import ChatTokenizer, chat_ids, load_tokenizer
+from ifp_mlx.text.examples import ExampleRules, ExampleSet, tokenise_files
 from ifp_mlx.text.records import (
     MAX_LINE_BYTES,
     BadLines,

@@ -17,7 +17,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from ifp_mlx.errors import TrainingError
-from ifp_mlx.selection.masks import soft_top_k, standardised, top_k_mask
+from ifp_mlx.selection.top_k import soft_top_k, standardised, top_k_mask
 from ifp_mlx.text.examples import ExampleSet
 from ifp_mlx.training.config import (
     DataConfig,
@@ -34,7 +34,8 @@ from ifp_mlx.training.predictor_step import PredictorTrainer
 from ifp_mlx.training.schedule import make_batch, make_schedule
 from ifp_mlx.training.trainer import Trainer
 from ifp_mlx.training.warm_start import WarmStart, make_warm_start
-from ifp_mlx.units import ffn
+from ifp_mlx.units.masks import set_unit_masks
+from ifp_mlx.units.modules import clone_module
 
 _KEEP = (64, 96)
 
@@ -145,9 +146,9 @@ _MODES: dict[str, dict[str, Any]] = {
     "hard_concrete": {
         "mask": "ifp",
         "predictor": "joint",
-        "joint": JointConfig(start_share=0.0, relaxation="hard_concrete", diversity_weight=0.1),
+        "joint": JointConfig(start_share=0.0, relaxation="hard_concrete"),
     },
-    "distillation": {"mask": "static", "distillation": DistillationConfig(0.5, top_tokens=8)},
+    "distillation": {"mask": "static", "distillation": DistillationConfig(0.5)},
     "full_distillation": {"mask": "ifp", "distillation": DistillationConfig(2.0)},
     "lora": {"mask": "static", "lora": LoRAConfig(rank=8, scale=4.0)},
 }
@@ -405,16 +406,16 @@ def test_masks_reach_the_wrapped_model(run: Callable[..., Trainer]) -> None:
     trainer = run(mask="static")
     model = trainer.model_for_evaluation()
     ids = mx.array([[3, 4, 5]])
-    ffn.set_unit_masks(model, mx.zeros((3, 128)))
+    set_unit_masks(model, mx.zeros((3, 128)))
     nothing = model(ids)
-    ffn.set_unit_masks(model, None)
+    set_unit_masks(model, None)
     assert not mx.allclose(nothing, model(ids))
 
 
 def test_distillation_learns_from_the_teacher_given(model: nn.Module, warm_folder: Path) -> None:
     config = _config(mask="none", distillation=DistillationConfig(1.0))
     start = WarmStart.load(warm_folder)
-    other = ffn.clone_module(model)
+    other = clone_module(model)
     other.update(tree_map(lambda weight: 1.2 * weight, model.parameters()))
     losses = [
         Trainer(model, _examples(), config, start, teacher).train_step(

@@ -13,8 +13,9 @@ from ifp_mlx.adapters.adapter import load_adapter
 from ifp_mlx.errors import ConfigError, DataError, TrainingError, UsageError
 from ifp_mlx.evaluation.quality import evaluate, load_held_out
 from ifp_mlx.evaluation.training_curve import evaluate_trainer
-from ifp_mlx.selection.masks import top_k_mask
-from ifp_mlx.storage.checkpoint import load_model, load_tokenizer
+from ifp_mlx.selection.top_k import top_k_mask
+from ifp_mlx.storage.tokenizer import load_tokenizer
+from ifp_mlx.storage.weights import load_model
 from ifp_mlx.training.config import (
     DataConfig,
     OptimizerConfig,
@@ -24,7 +25,7 @@ from ifp_mlx.training.config import (
 )
 from ifp_mlx.training.curves import draw_curves
 from ifp_mlx.training.run import load_run_config, run_training
-from ifp_mlx.units.ffn import with_unit_masks
+from ifp_mlx.units.masks import with_unit_masks
 
 # Two-bit changes of the weights and eight-bit codes of the head, against the trained model.
 _CODED_TOLERANCE = 0.1

@@ -10,7 +10,7 @@ prefer_openblas()  # before mlx is imported
 
 import mlx.core as mx  # noqa: E402
 
-from ifp_mlx.storage.checkpoint import load_model  # noqa: E402
+from ifp_mlx.storage.weights import load_model  # noqa: E402
 from ifp_mlx.text.examples import ExampleSet  # noqa: E402
 from ifp_mlx.training.config import TrainingConfig, config_from_dict  # noqa: E402
 from ifp_mlx.training.trainer import Trainer  # noqa: E402
