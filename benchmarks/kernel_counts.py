@@ -96,7 +96,7 @@ def main() -> None:
     mx.eval(compact.parameters())
     ids = mx.array([PROMPT])
     stages: dict[str, Callable[[], Sequence[mx.array]]] = {
-        "selection": lambda: [top_k_indices(predictor.scores_of(PROMPT), NUM_KEPT_UNITS)],
+        "selection": lambda: [top_k_indices(predictor.scores_of([PROMPT])[0], NUM_KEPT_UNITS)],
         "slicing": lambda: list(unit_arrays(slice_model(dense, selection)).values()),
         "prefill": lambda: [compact(ids, cache=make_prompt_cache(compact))[:, -1]],
     }

@@ -75,8 +75,8 @@ class GGUFArchitecture:
         names: GGUF tensor name, without layer and suffix -> parameter path.
         interleaved_rotary: query and key rows of a head are stored in pairs, see ``row_order``.
         norm_offset: was added to the norm weights for GGUF and is taken away again.
-        fixed: config keys with the one value that llama.cpp computes this family with.
         extra_config: config keys that only this family has.
+        fixed: config keys, for a configuration, with the one value that llama.cpp computes with.
     """
 
     model_type: str
@@ -84,8 +84,8 @@ class GGUFArchitecture:
     names: Mapping[str, str]
     interleaved_rotary: bool = False
     norm_offset: float = 0.0
-    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     extra_config: Callable[[GGUFFile], Config] = lambda file: {}
+    fixed: Callable[[Config], Config] = lambda config: {}
 
     def parameter_name(self, tensor_name: str) -> str | None:
         """Return the parameter path of a GGUF tensor; None for one that config.json replaces.
@@ -196,13 +196,20 @@ def _gpt_oss_config(file: GGUFFile) -> Config:
     return _expert_config(file, "num_local_experts") | {
         "intermediate_size": int(_number(file, "expert_feed_forward_length")),
         "sliding_window": int(_number(file, "attention.sliding_window")),
-        "layer_types": gpt_oss_layer_types(int(_number(file, "block_count"))),
     }
 
 
-def gpt_oss_layer_types(num_layers: int) -> list[str]:
-    """Return which layers look at everything: each second one, which no GGUF file has to say."""
-    return ["full_attention" if n % 2 else "sliding_attention" for n in range(num_layers)]
+def _qwen3_moe_fixed(config: Config) -> Config:
+    return {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+
+
+def _olmoe_fixed(config: Config) -> Config:
+    return {"norm_topk_prob": False, "num_key_value_heads": config["num_attention_heads"]}
+
+
+def _gpt_oss_fixed(config: Config) -> Config:
+    kinds = ("sliding_attention", "full_attention")
+    return {"layer_types": [kinds[layer % 2] for layer in range(config["num_hidden_layers"])]}
 
 
 ARCHITECTURES: dict[str, GGUFArchitecture] = {
@@ -218,14 +225,15 @@ ARCHITECTURES: dict[str, GGUFArchitecture] = {
     ),
     "qwen3moe": GGUFArchitecture(
         "qwen3_moe", "Qwen3MoeForCausalLM", _SWITCH_NAMES, extra_config=_qwen3_moe_config,
-        fixed={"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        fixed=_qwen3_moe_fixed,
     ),
     "olmoe": GGUFArchitecture(
-        "olmoe", "OlmoeForCausalLM", _SWITCH_NAMES, fixed={"norm_topk_prob": False},
-        extra_config=lambda file: _expert_config(file, "num_experts"),
+        "olmoe", "OlmoeForCausalLM", _SWITCH_NAMES,
+        extra_config=lambda file: _expert_config(file, "num_experts"), fixed=_olmoe_fixed,
     ),
     "gpt-oss": GGUFArchitecture(
-        "gpt_oss", "GptOssForCausalLM", _GPT_OSS_NAMES, extra_config=_gpt_oss_config
+        "gpt_oss", "GptOssForCausalLM", _GPT_OSS_NAMES, extra_config=_gpt_oss_config,
+        fixed=_gpt_oss_fixed,
     ),
 }  # fmt: skip
 
@@ -285,7 +293,7 @@ def config_of(file: GGUFFile) -> Config:
     scaling = _rope_scaling(file, config)
     if scaling is not None:
         config["rope_scaling"] = scaling
-    return config | architecture.fixed | architecture.extra_config(file)
+    return config | architecture.extra_config(file) | architecture.fixed(config)
 
 
 def _number(file: GGUFFile, key: str, default: float | None = None) -> float:

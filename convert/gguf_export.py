@@ -16,7 +16,6 @@ from ifp_mlx.convert.gguf_architectures import (
     ROUTER,
     YARN_BETAS,
     GGUFArchitecture,
-    gpt_oss_layer_types,
     llama3_divisors,
 )
 from ifp_mlx.convert.gguf_vocabulary import Vocabulary, read_vocabulary
@@ -133,10 +132,7 @@ def _architecture_of(config: dict[str, Any]) -> tuple[str, GGUFArchitecture]:
 
 def _require_fixed(architecture: GGUFArchitecture, config: dict[str, Any]) -> None:
     """Refuse a model with a setting of which GGUF takes another value for granted."""
-    fixed = dict(architecture.fixed)
-    if architecture.model_type == "gpt_oss":
-        fixed["layer_types"] = gpt_oss_layer_types(config["num_hidden_layers"])
-    for key, value in fixed.items():
+    for key, value in architecture.fixed(config).items():
         if config.get(key, value) != value:
             raise ArchitectureError(
                 f"{architecture.model_type} models with {key} {config[key]} cannot be written as "
@@ -180,7 +176,9 @@ def _content(tensor: _Planned) -> np.ndarray:
 
 
 def _add_config(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
-    writer.add_name(f"{config['model_type']} {config['intermediate_size']}")
+    kind = find_family(config["model_type"]).kind
+    num_units = config[kind.config_fields[0]]
+    writer.add_name(f"{config['model_type']} {num_units} {kind.label}")
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config.get("max_position_embeddings") or 2048)
     writer.add_embedding_length(config["hidden_size"])
@@ -193,10 +191,9 @@ def _add_config(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config.get("rope_theta") or 10_000.0)
     writer.add_vocab_size(config["vocab_size"])
-    kind = find_family(config["model_type"]).kind
     if kind.router is not None:
         width = config.get("moe_intermediate_size") or config["intermediate_size"]
-        writer.add_expert_count(config[kind.config_fields[0]])
+        writer.add_expert_count(num_units)
         writer.add_expert_used_count(config[kind.router.chosen])
         writer.add_expert_feed_forward_length(width)
     uses_window = config["model_type"].startswith("gemma") or config["model_type"] == "gpt_oss"

@@ -100,7 +100,8 @@ def unit_masks(
         named, token_ids = instruction(example)
         key = (str(named.spec), token_ids)
         if key not in known:
-            known[key] = _mask(named.selector.scores(token_ids), kept_units)
+            scores = named.selector.scores([token_ids])[0]
+            known[key] = _mask(scores, kept_units, named.num_groups)
         rows.append(known[key])
         progress(number, len(examples))
     return {
@@ -109,11 +110,13 @@ def unit_masks(
     }
 
 
-def _mask(scores: mx.array, amounts: Sequence[int]) -> list[npt.NDArray[np.bool_]]:
+def _mask(
+    scores: mx.array, amounts: Sequence[int], num_groups: int = 1
+) -> list[npt.NDArray[np.bool_]]:
     """Return one (L, F) bool mask for each K, by the very function that selections come from."""
     masks = []
     for num_kept_units in amounts:
-        indices = np.array(top_k_indices(scores, num_kept_units))
+        indices = np.array(top_k_indices(scores, num_kept_units, num_groups))
         mask = np.zeros(scores.shape, dtype=np.bool_)
         np.put_along_axis(mask, indices, True, axis=-1)
         masks.append(mask)

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 import mlx.core as mx
 
 from ifp_mlx.evaluation.quality import HeldOutExample, evaluate, mean_cross_entropy
-from ifp_mlx.selection.predictor import instruction_window, pad_right
+from ifp_mlx.selection.predictor import instruction_window
+from ifp_mlx.selection.reading import pad_right
 from ifp_mlx.selection.top_k import top_k_mask
 from ifp_mlx.training.trainer import Trainer
 

@@ -116,7 +116,7 @@ def calibrate(
             continue
         if example.task not in of_tasks:
             of_tasks[example.task] = statistics(model)
-        of_tasks[example.task].read(example.token_ids)
+        of_tasks[example.task].read([example.token_ids])
         num_tokens += len(example.token_ids)
         on_example(len(example.token_ids))
     if not of_tasks:

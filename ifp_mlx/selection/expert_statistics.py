@@ -1,12 +1,14 @@
 """What text shows of a mixture's experts: how often they are asked, and what they add."""
 
+import collections
 from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ifp_mlx.errors import UsageError
-from ifp_mlx.units.modules import trunk, unit_shape
+from ifp_mlx.selection.reading import Inside, read_in_passes
+from ifp_mlx.units.modules import unit_shape
 from ifp_mlx.units.routing import Routing, with_observed_experts
 
 CRITERIA = ("contribution", "frequency", "gate", "reap", "norm")
@@ -24,24 +26,14 @@ class ExpertStatistics:
     def __init__(self, model: nn.Module):
         shape = unit_shape(model)
         self._model = model
-        self._num_experts = shape.num_units
         self._num_tokens = 0
         # For each expert: how often it was asked, its gate values, norms, gates times norms.
         self._sums = mx.zeros((4, len(shape.layers), shape.num_units))
 
-    def read(self, token_ids: Sequence[int]) -> None:
-        """Have the model read a text. Evaluates."""
-        rows: list[mx.array] = []
-
-        def observe(routing: Routing) -> None:
-            gates, norms = routing.gates, routing.norms
-            values = (mx.ones_like(gates), gates, norms, gates * norms)
-            rows.append(mx.stack([self._sum(routing.experts, value) for value in values]))
-            mx.async_eval(rows[-1])  # so that a layer's outputs are not kept to the end
-
-        trunk(with_observed_experts(self._model, observe))(mx.array([list(token_ids)]), None)
-        self._sums = self._sums + mx.stack(rows, axis=1)
-        self._num_tokens += len(token_ids)
+    def read(self, texts: Sequence[Sequence[int]]) -> None:
+        """Have the model read some texts. Evaluates."""
+        self._sums = self._sums + _sums(self._model, texts).sum(axis=0)
+        self._num_tokens += sum(len(text) for text in texts)
         mx.eval(self._sums)
 
     def score(self, criterion: str) -> mx.array:
@@ -50,20 +42,7 @@ class ExpertStatistics:
         Raises:
             UsageError: there is no such criterion.
         """
-        frequency, gates, norms, contributions = self._sums
-        asked = mx.maximum(frequency, 1.0)
-        match criterion:
-            case "contribution":
-                return contributions / self._num_tokens
-            case "frequency":
-                return frequency / self._num_tokens
-            case "gate":
-                return gates / self._num_tokens
-            case "reap":
-                return contributions / asked
-            case "norm":
-                return norms / asked
-        raise UsageError(f"no criterion {criterion!r}; there are: {', '.join(CRITERIA)}")
+        return _score(self._sums, self._num_tokens, criterion)
 
     def importance(self) -> mx.array:
         """Return (L, E) float32: what each expert adds, a token."""
@@ -77,19 +56,64 @@ class ExpertStatistics:
         return total.score("norm")
 
     @staticmethod
-    def of_instruction(
-        model: nn.Module, token_ids: Sequence[int], criterion: str | None = None
+    def of_instructions(
+        model: nn.Module, texts: Sequence[Sequence[int]], criterion: str | None = None
     ) -> mx.array:
-        """Return (L, E) float32 scores of the experts for an instruction. Evaluates.
+        """Return (N, L, E) float32 scores of the experts for each text. Evaluates.
 
         Raises:
             UsageError: there is no such criterion.
         """
-        statistics = ExpertStatistics(model)
-        statistics.read(token_ids)
-        return statistics.score(criterion or CRITERIA[0])
+        found = zip(_sums(model, texts), texts, strict=True)
+        return mx.stack([_score(sums, len(text), criterion or CRITERIA[0]) for sums, text in found])
 
-    def _sum(self, experts: mx.array, values: mx.array) -> mx.array:
-        """Return (E,): the sum of the values (T, k) that belong to each expert (T, k)."""
-        zeros = mx.zeros(self._num_experts)
-        return zeros.at[experts.flatten()].add(values.flatten())
+
+def _score(sums: mx.array, num_tokens: int, criterion: str) -> mx.array:
+    """Return (L, E): what (4, L, E) sums over some tokens say by a criterion."""
+    frequency, gates, norms, contributions = sums
+    asked = mx.maximum(frequency, 1.0)
+    match criterion:
+        case "contribution":
+            return contributions / num_tokens
+        case "frequency":
+            return frequency / num_tokens
+        case "gate":
+            return gates / num_tokens
+        case "reap":
+            return contributions / asked
+        case "norm":
+            return norms / asked
+    raise UsageError(f"no criterion {criterion!r}; there are: {', '.join(CRITERIA)}")
+
+
+def _sums(model: nn.Module, texts: Sequence[Sequence[int]]) -> mx.array:
+    """Return (N, 4, L, E) float32 sums over each text's tokens. Evaluates."""
+    num_experts = unit_shape(model).num_units
+    passes: list[mx.array] = []
+    rows: collections.defaultdict[int, list[mx.array]] = collections.defaultdict(list)
+
+    def observed(inside: Inside) -> nn.Module:
+        def observe(position: int, routing: Routing) -> None:
+            gates, norms = routing.gates, routing.norms
+            is_text = inside.of_next(position, gates.shape[0])[..., None]  # (b, T, 1)
+            values = mx.stack([mx.ones_like(gates), gates, norms, gates * norms]) * is_text
+            rows[position].append(_by_expert(routing.experts, values, num_experts))
+            mx.async_eval(rows[position][-1])  # or a layer's outputs are kept to the end
+
+        return with_observed_experts(model, observe)
+
+    for hidden in read_in_passes(texts, observed):
+        passes.append(mx.stack([mx.concatenate(rows[layer]) for layer in sorted(rows)], axis=2))
+        mx.eval(hidden, passes)
+        rows.clear()
+    return mx.concatenate(passes)
+
+
+def _by_expert(experts: mx.array, values: mx.array, num_experts: int) -> mx.array:
+    """Return (b, 4, E): the sums of the (4, b, T, k) values that belong to each expert."""
+    num_values, num_rows = values.shape[:2]
+    # One axis for rows and experts: each row has experts of its own in it.
+    bins = experts + num_experts * mx.arange(num_rows)[:, None, None]
+    sums = mx.zeros((num_rows * num_experts, num_values))
+    sums = sums.at[bins.reshape(-1)].add(values.reshape(num_values, -1).T)
+    return sums.reshape(num_rows, num_experts, num_values).swapaxes(1, 2)

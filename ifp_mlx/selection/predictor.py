@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from ifp_mlx.errors import UsageError
+from ifp_mlx.selection.reading import pad_right
 from ifp_mlx.selection.top_k import standardised
 from ifp_mlx.units.modules import trunk
 
@@ -32,20 +32,6 @@ def instruction_window(token_ids: Sequence[int]) -> list[int]:
     if len(token_ids) > HEAD_TOKENS + TAIL_TOKENS:
         token_ids = [*token_ids[:HEAD_TOKENS], *token_ids[-TAIL_TOKENS:]]
     return [int(token) for token in token_ids]
-
-
-def pad_right(sequences: Sequence[Sequence[int]], width: int = 0) -> tuple[mx.array, mx.array]:
-    """Return (B, T) int32 ids, padded with 0 on the right, and the (B,) int32 lengths.
-
-    Under a causal mask what stands to the right of a token cannot change it, so the padding
-    needs no mask of its own. T is the longest sequence, or ``width`` if that is more.
-    """
-    longest = max(width, *(len(sequence) for sequence in sequences))
-    ids = np.zeros((len(sequences), longest), dtype=np.int32)
-    for row, sequence in zip(ids, sequences, strict=True):
-        row[: len(sequence)] = sequence
-    lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int32)
-    return mx.array(ids), mx.array(lengths)
 
 
 class PredictorHead(nn.Module):
@@ -112,13 +98,13 @@ class SparsityPredictor:
             lengths = mx.full((token_ids.shape[0],), token_ids.shape[1], dtype=mx.int32)
         return self.head(self.features(token_ids, lengths))
 
-    def scores_of(self, token_ids: Sequence[int]) -> mx.array:
-        """Return the (L, F) float32 scores of one instruction of any length. Lazy.
+    def scores_of(self, texts: Sequence[Sequence[int]]) -> mx.array:
+        """Return the (N, L, F) float32 scores of instructions of any length. Lazy.
 
         Raises:
-            UsageError: there is no token.
+            UsageError: one has no token.
         """
-        return self.scores(mx.array([instruction_window(token_ids)]))[0]
+        return self.scores(*pad_right([instruction_window(text) for text in texts]))
 
 
 def reader_features(reader: nn.Module, token_ids: mx.array, lengths: mx.array) -> mx.array:

@@ -25,8 +25,8 @@ A choice, not an optimum: benchmarks/selection_quality.py --selectors blend:0.5 
 class Selector(Protocol):
     """Anything that scores the units of a model for an instruction."""
 
-    def scores(self, token_ids: Sequence[int]) -> mx.array:
-        """Return (L, F) float32 scores for an instruction's token ids; higher = keep."""
+    def scores(self, texts: Sequence[Sequence[int]]) -> mx.array:
+        """Return (N, L, F) float32 scores for the token ids of N instructions; higher = keep."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,14 +70,9 @@ def select(
     Raises:
         SelectionError: K is out of range, or the scores hold NaN or infinity.
     """
-    score = named.selector.scores
-    scores = score(token_ids)
-    if examples:
-        total = mx.zeros_like(scores)
-        for example in examples:
-            total = total + score(example)
-            mx.eval(total)  # one example's activations at a time
-        scores = (scores + total / len(examples)) / 2
+    scores, *of_examples = named.selector.scores([token_ids, *examples])
+    if of_examples:
+        scores = (scores + mx.stack(of_examples).mean(axis=0)) / 2
     indices = top_k_indices(scores, num_kept_units, named.num_groups)
     is_finite = mx.isfinite(scores).all()
     mx.eval(indices, is_finite)  # together: the host waits for the device once
@@ -99,11 +94,12 @@ class StaticSelector:
     calibration: Calibration
     task: str | None = None
 
-    def scores(self, token_ids: Sequence[int]) -> mx.array:
-        """Return the prior; the instruction is not looked at."""
-        if self.task is None:
-            return self.calibration.importance
-        return self.calibration.task_importance(self.task)
+    def scores(self, texts: Sequence[Sequence[int]]) -> mx.array:
+        """Return the prior for each; the instructions are not looked at."""
+        prior = self.calibration.importance
+        if self.task is not None:
+            prior = self.calibration.task_importance(self.task)
+        return mx.broadcast_to(prior, (len(texts), *prior.shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +114,9 @@ class PromptSelector:
     model: nn.Module
     criterion: str | None = None
 
-    def scores(self, token_ids: Sequence[int]) -> mx.array:
-        """Run the dense model over the instruction once and return its statistic. Evaluates."""
-        return statistics_of(self.model).of_instruction(self.model, token_ids, self.criterion)
+    def scores(self, texts: Sequence[Sequence[int]]) -> mx.array:
+        """Run the dense model over the instructions once, return their statistics. Evaluates."""
+        return statistics_of(self.model).of_instructions(self.model, texts, self.criterion)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,9 +130,9 @@ class BlendSelector:
     calibration: Calibration
     prior_weight: float = DEFAULT_PRIOR_WEIGHT
 
-    def scores(self, token_ids: Sequence[int]) -> mx.array:
+    def scores(self, texts: Sequence[Sequence[int]]) -> mx.array:
         """Return ``w * rank(prior) + (1 - w) * rank(prompt)``, ranks in [0, 1). Evaluates."""
-        prompt = statistics_of(self.model).of_instruction(self.model, token_ids)
+        prompt = statistics_of(self.model).of_instructions(self.model, texts)
         prior = ranks(self.calibration.importance)
         return self.prior_weight * prior + (1 - self.prior_weight) * ranks(prompt)
 
@@ -147,9 +143,9 @@ class PredictorSelector:
 
     predictor: SparsityPredictor
 
-    def scores(self, token_ids: Sequence[int]) -> mx.array:
+    def scores(self, texts: Sequence[Sequence[int]]) -> mx.array:
         """Return the predicted scores, standardised per layer. Lazy."""
-        return self.predictor.scores_of(token_ids)
+        return self.predictor.scores_of(texts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,10 +155,11 @@ class RandomSelector:
     shape: UnitShape
     seed: int = 0
 
-    def scores(self, token_ids: Sequence[int]) -> mx.array:
-        """Return uniform noise from the seed."""
+    def scores(self, texts: Sequence[Sequence[int]]) -> mx.array:
+        """Return uniform noise from the seed, the same for each."""
         size = (len(self.shape.layers), self.shape.num_units)
-        return mx.random.uniform(shape=size, key=mx.random.key(self.seed))
+        noise = mx.random.uniform(shape=size, key=mx.random.key(self.seed))
+        return mx.broadcast_to(noise, (len(texts), *size))
 
 
 def select_random(model: nn.Module, num_kept_units: int, seed: int = 0) -> Selection:

@@ -6,6 +6,7 @@ model that does not fit in memory can still choose its own sub-network.
 """
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import mlx.nn as nn
 
 from ifp_mlx.storage.weights import load_model
 from ifp_mlx.units.modules import clone_module, named_arrays
+
+_CHUNK_TOKENS = 256
 
 
 def layerwise_model(
@@ -66,13 +69,47 @@ def _layerwise_class(layer_class: type[nn.Module]) -> type[nn.Module]:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         layer = clone_module(self)
         self._on_disk(layer)
-        output = layer_class.__call__(layer, *args, **kwargs)
+        outputs = []
+        for part_args, part_kwargs in _row_by_row(args, kwargs):
+            outputs.append(layer_class.__call__(layer, *part_args, **part_kwargs))
+            mx.eval(outputs[-1])
+        output = _joined(outputs)
         mx.eval(output)
         del layer
         mx.clear_cache()
         return output
 
     return type(f"Layerwise{layer_class.__name__}", (layer_class,), {"__call__": call})
+
+
+def _row_by_row(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[tuple[list[Any], dict[str, Any]]]:
+    """Yield a layer's arguments a few rows of the batch at a time.
+
+    What a layer computes on the way takes more memory than the layer if it reads much at once.
+    """
+    num_rows, width = args[0].shape[:2]
+    step = max(1, _CHUNK_TOKENS // width)
+    for start in range(0, num_rows, step):
+
+        def cut(value: Any, start: int = start) -> Any:
+            # Masks for all rows alike have two axes.
+            is_batched = isinstance(value, mx.array) and value.ndim > 2
+            return value[start : start + step] if is_batched else value
+
+        yield [cut(value) for value in args], {name: cut(v) for name, v in kwargs.items()}
+
+
+def _joined(outputs: list[Any]) -> Any:
+    """Return the outputs for parts of a batch as one: arrays joined, in tuples too."""
+    if len(outputs) == 1 or outputs[0] is None:
+        return outputs[0]
+    if isinstance(outputs[0], mx.array):
+        return mx.concatenate(outputs)
+    if isinstance(outputs[0], tuple):
+        return tuple(_joined(list(values)) for values in zip(*outputs, strict=True))
+    return outputs[0]
 
 
 def _replace_arrays(tree: Any, replacements: dict[int, mx.array]) -> None:

@@ -84,7 +84,7 @@ def _blend(spec: SelectorSpec, reader: nn.Module, files: SelectorFiles) -> Selec
 def _static(spec: SelectorSpec, reader: nn.Module, files: SelectorFiles) -> Selector:
     assert files.calibration is not None
     selector = StaticSelector(files.calibration, spec.argument)
-    selector.scores(())  # an unknown task is refused now, not at the first prompt
+    selector.scores([()])  # an unknown task is refused now, not at the first prompt
     return selector
 
 

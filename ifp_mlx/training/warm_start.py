@@ -22,9 +22,9 @@ from ifp_mlx.selection.ffn_statistics import down_column_norms
 from ifp_mlx.selection.predictor import (
     PredictorHead,
     instruction_window,
-    pad_right,
     reader_features,
 )
+from ifp_mlx.selection.reading import pad_right
 from ifp_mlx.selection.top_k import standardised, top_k_mask
 from ifp_mlx.storage.files import staged_directory
 from ifp_mlx.text.examples import ExampleSet
@@ -260,9 +260,8 @@ def _observed(model: nn.Module) -> tuple[Any, _Rows]:
 
     norms = down_column_norms(model)  # (L, F)
 
-    def observe(activations: mx.array) -> None:
+    def observe(layer: int, activations: mx.array) -> None:
         squares = activations.astype(mx.float32).square() * rows.inside
-        layer = len(rows)
         rows.append(mx.log(mx.sqrt(squares.sum(axis=1)) * norms[layer] + 1e-9))  # over T
 
     return trunk(with_observed_units(model, observe)), rows

@@ -5,6 +5,7 @@ one column each. So a mask over units is a factor in front of it, and measuring 
 what goes into it: both work without knowing the activation function.
 """
 
+import functools
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -68,14 +69,19 @@ def downs(model: nn.Module) -> list[nn.Module]:
     return [part_of(layer, part) for layer in unit_layers(model).values()]
 
 
-def with_observed_units(model: nn.Module, observe: Callable[[mx.array], None]) -> nn.Module:
+def with_observed_units(model: nn.Module, observe: Callable[[int, mx.array], None]) -> nn.Module:
     """Return a copy of ``model``, sharing its arrays, that shows the activations of its units.
 
     Args:
         model: not changed.
-        observe: called with (B, T, F) activations, layer by layer in order.
+        observe: called for each layer that is passed, with its position among those that have
+            units and its (B, T, F) activations.
     """
-    return with_parts(model, down_part(model), lambda _, down: ObservedDown(down, observe))
+
+    def observed(position: int, down: nn.Module) -> nn.Module:
+        return ObservedDown(down, functools.partial(observe, position))
+
+    return with_parts(model, down_part(model), observed)
 
 
 def with_unit_masks(model: nn.Module) -> nn.Module:

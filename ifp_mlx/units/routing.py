@@ -7,6 +7,7 @@ calling it once more with outputs that are unit vectors: what comes back are the
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,12 +28,12 @@ _SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """What the experts of one layer did with T tokens.
+    """What the experts of one layer did with some tokens.
 
     Attributes:
-        experts: (T, k) int32, the experts that each token was sent to.
-        gates: (T, k) float32, what their outputs were multiplied by.
-        norms: (T, k) float32, the L2 norm of each of those outputs.
+        experts: (B, T, k) int32, the experts that each token was sent to.
+        gates: (B, T, k) float32, what their outputs were multiplied by.
+        norms: (B, T, k) float32, the L2 norm of each of those outputs.
     """
 
     experts: mx.array
@@ -40,7 +41,8 @@ class Routing:
     norms: mx.array
 
 
-Observe = Callable[[Routing], None]
+Observe = Callable[[int, Routing], None]
+"""Takes a layer's position among those that have experts, and what they did."""
 
 
 def with_observed_experts(model: nn.Module, observe: Observe) -> nn.Module:
@@ -48,15 +50,15 @@ def with_observed_experts(model: nn.Module, observe: Observe) -> nn.Module:
 
     Args:
         model: an mlx-lm mixture of a family in the table; it is not changed.
-        observe: called layer by layer, in order.
+        observe: called for each layer that is passed.
     """
     stacks = family_of(model).kind.parts[-1].path.rpartition(".")[0]
     block_path, _, stacks_name = stacks.rpartition(".")
     parent_path, _, block_name = block_path.rpartition(".")
     copy: nn.Module = clone_module(model)
-    for layer in unit_layers(copy).values():
+    for position, layer in enumerate(unit_layers(copy).values()):
         block = module_at(layer, block_path)
-        observed = _ObservedBlock(block, stacks_name, observe)
+        observed = _ObservedBlock(block, stacks_name, functools.partial(observe, position))
         module_at(layer, parent_path)[block_name] = observed
     return copy
 
@@ -64,7 +66,7 @@ def with_observed_experts(model: nn.Module, observe: Observe) -> nn.Module:
 class _ObservedBlock(nn.Module):
     """A block that holds experts and shows what they did."""
 
-    def __init__(self, block: nn.Module, stacks: str, observe: Observe):
+    def __init__(self, block: nn.Module, stacks: str, observe: Callable[[Routing], None]):
         super().__init__()
         self.block = block
         self._stacks = stacks
@@ -83,15 +85,10 @@ class _ObservedBlock(nn.Module):
         assert spy.experts is not None
         assert spy.outputs is not None
         num_chosen = spy.experts.shape[-1]
-        gates = asked(*inputs)[..., :num_chosen]
+        gates = asked(*inputs)[..., :num_chosen].astype(mx.float32)
         norms = mx.linalg.norm(spy.outputs.astype(mx.float32), axis=-1)
-        self._observe(
-            Routing(
-                spy.experts.reshape(-1, num_chosen),
-                gates.reshape(-1, num_chosen).astype(mx.float32),
-                norms.reshape(-1, num_chosen),
-            )
-        )
+        size = gates.shape  # some blocks flatten what they are given
+        self._observe(Routing(spy.experts.reshape(size), gates, norms.reshape(size)))
         return output
 
 

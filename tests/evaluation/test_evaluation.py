@@ -240,9 +240,9 @@ def test_instructions_are_scored_once(subject: Subject) -> None:
     class Counting:
         calls = 0
 
-        def scores(self, token_ids: object) -> mx.array:
+        def scores(self, texts: object) -> mx.array:
             self.calls += 1
-            return mx.arange(float(F)).reshape(1, F)
+            return mx.arange(float(F)).reshape(1, 1, F)
 
     counting = Counting()
     named = NamedSelector(counting, SelectorSpec("counting"), "ffn", UnitShape((0,), F))

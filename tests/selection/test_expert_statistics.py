@@ -22,7 +22,9 @@ def routings(model: nn.Module) -> list[list[tuple[int, float, float]]]:
     found: list[list[tuple[int, float, float]]] = [[] for _ in model.layers]
     for text in TEXTS:
         seen: list[Routing] = []
-        with_observed_experts(model, seen.append)(mx.array([text]))
+        with_observed_experts(model, lambda _, routing, seen=seen: seen.append(routing))(  # type: ignore[misc]
+            mx.array([text])
+        )
         for layer, routing in zip(found, seen, strict=True):
             arrays = (routing.experts, routing.gates, routing.norms)
             layer += zip(*(np.array(array).ravel().tolist() for array in arrays), strict=True)
@@ -45,8 +47,7 @@ def test_scores_are_sums_over_tokens(tiny_model: ModelFactory, criterion: str) -
             }
             expected[layer, expert] = total[criterion]
     statistics = ExpertStatistics(model)
-    for text in TEXTS:
-        statistics.read(text)
+    statistics.read(TEXTS)
     np.testing.assert_allclose(np.array(statistics.score(criterion)), expected, rtol=1e-4)
 
 
@@ -57,12 +58,12 @@ def test_calibration_keeps_a_prior_and_what_tasks_need(tiny_model: ModelFactory)
     both = ExpertStatistics(model)
     for name, text in zip("ab", TEXTS, strict=True):
         alone = ExpertStatistics(model)
-        alone.read(text)
-        both.read(text)
+        alone.read([text])
+        both.read([text])
         assert mx.allclose(calibration.task_importance(name), alone.score("contribution"))
     assert mx.allclose(calibration.importance, both.score("norm"))
 
 
 def test_unknown_criterion_is_refused_with_the_list(tiny_model: ModelFactory) -> None:
     with pytest.raises(UsageError, match="no criterion 'best'; there are: contribution, freq"):
-        ExpertStatistics.of_instruction(tiny_model("olmoe"), TEXTS[0], "best")
+        ExpertStatistics.of_instructions(tiny_model("olmoe"), TEXTS, "best")

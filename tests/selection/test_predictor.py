@@ -14,8 +14,8 @@ from ifp_mlx.selection.predictor import (
     PredictorHead,
     SparsityPredictor,
     instruction_window,
-    pad_right,
 )
+from ifp_mlx.selection.reading import pad_right
 from ifp_mlx.selection.top_k import standardised
 
 
@@ -38,7 +38,7 @@ def test_padded_rows_score_as_alone(predictor: SparsityPredictor) -> None:
     ids, lengths = pad_right(prompts)
     together = predictor.scores(ids, lengths)
     for row, prompt in zip(together, prompts, strict=True):
-        assert mx.allclose(row, predictor.scores_of(prompt), atol=1e-3)
+        assert mx.allclose(row, predictor.scores_of([prompt])[0], atol=1e-3)
 
 
 def test_what_stands_in_the_padding_is_not_read(predictor: SparsityPredictor) -> None:
@@ -49,12 +49,12 @@ def test_what_stands_in_the_padding_is_not_read(predictor: SparsityPredictor) ->
 
 
 def test_scores_depend_on_the_instruction(predictor: SparsityPredictor) -> None:
-    change = mx.abs(predictor.scores_of([1, 2, 3]) - predictor.scores_of([40, 41, 42])).max()
+    change = mx.abs(predictor.scores_of([[1, 2, 3]]) - predictor.scores_of([[40, 41, 42]])).max()
     assert float(change) > 0.1
 
 
 def test_scores_are_standardised_per_layer(predictor: SparsityPredictor) -> None:
-    scores = np.array(predictor.scores_of([1, 2, 3]))
+    scores = np.array(predictor.scores_of([[1, 2, 3]])[0])
     assert np.allclose(scores.mean(-1), 0, atol=1e-5)
     assert np.allclose(scores.std(-1), 1, atol=1e-4)
 

@@ -191,18 +191,21 @@ def test_calibration_without_text_is_refused(tiny_model: ModelFactory) -> None:
 
 def test_prompt_scores_are_griffins_statistic(tiny_model: ModelFactory) -> None:
     model = tiny_model("llama")
-    scores = np.array(PromptSelector(model).scores(PROMPT))
-    for layer, units in enumerate(unit_activations(model, PROMPT)):
-        relative = units / np.linalg.norm(units, axis=-1, keepdims=True)
-        np.testing.assert_allclose(scores[layer], np.linalg.norm(relative, axis=0), rtol=1e-4)
+    texts = [PROMPT, PROMPT[:3], PROMPT[::-1]]  # read together, the second is padded
+    scores = np.array(PromptSelector(model).scores(texts))
+    for text, of_text in zip(texts, scores, strict=True):
+        for layer, units in enumerate(unit_activations(model, text)):
+            relative = units / np.linalg.norm(units, axis=-1, keepdims=True)
+            expected = np.linalg.norm(relative, axis=0)
+            np.testing.assert_allclose(of_text[layer], expected, rtol=1e-4)
 
 
 def test_blend_is_the_weighted_mean_of_ranks(tiny_model: ModelFactory) -> None:
     model = tiny_model("llama")
     calibration = calibrate(model, [CalibrationExample(PROMPT[::-1])])
-    blend = BlendSelector(model, calibration, prior_weight=0.25).scores(PROMPT)
+    blend = BlendSelector(model, calibration, prior_weight=0.25).scores([PROMPT])[0]
     expected = 0.25 * ranks(calibration.importance)
-    expected += 0.75 * ranks(PromptSelector(model).scores(PROMPT))
+    expected += 0.75 * ranks(PromptSelector(model).scores([PROMPT])[0])
     np.testing.assert_allclose(blend, expected, atol=1e-6)
 
 
@@ -221,7 +224,7 @@ def test_static_selects_the_same_whatever_the_instruction(tiny_model: ModelFacto
 def test_unknown_task_is_refused_with_the_list(tiny_model: ModelFactory) -> None:
     calibration = calibrate(tiny_model("llama"), [CalibrationExample(PROMPT, "math")])
     with pytest.raises(SelectionError, match="no calibrated task 'code'; there are: math"):
-        StaticSelector(calibration, "code").scores([])
+        StaticSelector(calibration, "code").scores([()])
 
 
 def test_random_selects_by_seed() -> None:
@@ -235,8 +238,8 @@ def test_random_selects_by_seed() -> None:
 
 def test_scores_that_are_not_finite_are_refused() -> None:
     class Broken:
-        def scores(self, token_ids: object) -> mx.array:
-            return mx.array([[1.0, float("nan"), 2.0]])
+        def scores(self, texts: object) -> mx.array:
+            return mx.array([[[1.0, float("nan"), 2.0]]])
 
     with pytest.raises(SelectionError, match="'broken' gave scores that are not finite"):
         select(named(Broken(), UnitShape((0,), 3), "broken"), [1], 2)
@@ -244,8 +247,9 @@ def test_scores_that_are_not_finite_are_refused() -> None:
 
 def test_examples_of_a_task_count_as_much_as_its_description() -> None:
     class Known:
-        def scores(self, token_ids: Sequence[int]) -> mx.array:
-            return mx.zeros((1, 4)).at[0, token_ids[0]].add(float(token_ids[1]))
+        def scores(self, texts: Sequence[Sequence[int]]) -> mx.array:
+            rows = [mx.zeros((1, 4)).at[0, unit].add(float(score)) for unit, score in texts]
+            return mx.stack(rows)
 
     description, examples = [0, 4], [[1, 9], [2, 5], [3, 1]]
     known = named(Known(), UnitShape((0,), 4))

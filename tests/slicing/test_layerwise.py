@@ -25,8 +25,8 @@ def test_layerwise_model_gives_the_same_logits_and_activations(
     model = load_model(path)[0]
     for _ in range(2):  # a second pass reads the layers again
         assert mx.array_equal(layerwise(mx.array([TOKENS])), model(mx.array([TOKENS])))
-        scores = PromptSelector(layerwise).scores(TOKENS)
-        assert mx.array_equal(scores, PromptSelector(model).scores(TOKENS))
+        scores = PromptSelector(layerwise).scores([TOKENS, TOKENS[:3]])
+        assert mx.array_equal(scores, PromptSelector(model).scores([TOKENS, TOKENS[:3]]))
 
 
 def test_layerwise_model_computes_in_the_asked_type(tiny_checkpoint: CheckpointFactory) -> None:

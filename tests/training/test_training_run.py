@@ -86,7 +86,7 @@ def test_run_writes_an_adapter_that_predicts_like_the_trained_model(
     predictor = adapter.predictor(base)
 
     def masks(batch: Any) -> mx.array:
-        return mx.stack([top_k_mask(predictor.scores_of(e.prompt_ids), 64) for e in batch])
+        return mx.stack([top_k_mask(predictor.scores_of([e.prompt_ids])[0], 64) for e in batch])
 
     quality = evaluate(with_unit_masks(adapter.apply(base)), held_out["sums"], masks)
     found = quality["sums"].cross_entropy

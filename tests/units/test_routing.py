@@ -68,16 +68,16 @@ def test_routing_is_that_of_the_model(
     block = model.layers[1][block_name]
     x = mx.random.normal((1, 5, 32))
     seen: list[Routing] = []
-    observed = with_observed_experts(model, seen.append).layers[1][block_name]
+    observed = with_observed_experts(model, lambda _, r: seen.append(r)).layers[1][block_name]
     assert mx.array_equal(observed(x), block(x))
     (routing,) = seen
     chosen, gates = reference(np.array(x[0] @ block.gate.weight.T), block)
-    found, expected = np.array(routing.experts), np.zeros((5, 8))
+    found, expected = np.array(routing.experts[0]), np.zeros((5, 8))
     np.put_along_axis(expected, chosen, gates, axis=-1)
     dense = np.zeros((5, 8))
-    np.put_along_axis(dense, found, np.array(routing.gates), axis=-1)
+    np.put_along_axis(dense, found, np.array(routing.gates[0]), axis=-1)
     np.testing.assert_allclose(dense, expected, atol=1e-6)
-    outputs = block.switch_mlp(x, routing.experts[None])[0]
+    outputs = block.switch_mlp(x, routing.experts)
     np.testing.assert_allclose(
         np.array(routing.norms), np.linalg.norm(np.array(outputs), axis=-1), rtol=1e-5
     )
@@ -87,10 +87,11 @@ def test_routing_is_that_of_the_model(
 def test_watching_changes_nothing(tiny_model: ModelFactory, family: str) -> None:
     model = tiny_model(family)
     seen: list[Routing] = []
-    assert mx.array_equal(with_observed_experts(model, seen.append)(TOKENS), model(TOKENS))
+    observed = with_observed_experts(model, lambda _, routing: seen.append(routing))
+    assert mx.array_equal(observed(TOKENS), model(TOKENS))
     shape = unit_shape(model)
     assert len(seen) == len(shape.layers)
     for routing in seen:
-        assert routing.experts.shape == routing.gates.shape == routing.norms.shape == (8, 2)
+        assert routing.experts.shape == routing.gates.shape == routing.norms.shape == (1, 8, 2)
         assert (routing.gates > 0).all().item()
         assert (routing.experts < shape.num_units).all().item()
