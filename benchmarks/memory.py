@@ -4,25 +4,22 @@
 
 Without a checkpoint it writes a synthetic one of 2.9 GB in a temporary folder and removes it.
 Each row is a fresh process; ours calls what ``ifp generate`` calls, allowed as much memory as is
-predicted, so that the dense model is left on the disk. Peak is ru_maxrss, reads are
-``rchar`` of /proc/self/io, less what the same program reads before it opens the model. PyTorch,
-which is no dependency, is hidden from all of them: where it is installed, transformers imports it.
-Linux only. Ends with one JSON line.
+predicted, so that the dense model is left on the disk. Reads are less what
+the same program reads before it opens the model. Linux only. Ends with one JSON line.
 """
 
 import argparse
 import json
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from synthetic_checkpoint import write_checkpoint
+from fresh_process import measure
+from synthetic_checkpoint import LLAMA, write_checkpoint
 
 from ifp_mlx.slicing.unit_file import UNIT_FILE, write_unit_file
 from ifp_mlx.storage.weights import automatic_dtype, load_model
@@ -30,21 +27,6 @@ from ifp_mlx.subnets import memory
 
 PROMPT = "Explain in a few words why the sky is blue."
 LIMIT_FACTOR, LIMIT_EXTRA_BYTES = 1.15, 300 * 10**6
-
-# The peak of a process includes that of the one it was started from: start it from a small one.
-_FRESH_PARENT = ("sh", "-c", '"$0" "$@"; exit $?')
-
-_MEASURE = """
-import resource, sys
-sys.modules["torch"] = None
-from ifp_mlx.blas import prefer_openblas
-prefer_openblas()
-def read_bytes():
-    return int(open("/proc/self/io").read().split()[1])
-def report(before):
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"{peak} {read_bytes() - before}", file=sys.stderr)
-"""
 
 _DENSE = """
 from mlx_lm import generate, load
@@ -85,22 +67,6 @@ report(before)
 )
 
 _NOTHING = f"{_IMPORTS}report(0)\n"
-
-
-def measure(program: str, *arguments: str) -> tuple[int, int]:
-    """Return peak resident bytes and bytes read of a program in a fresh process."""
-    environment = {**os.environ, "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*_FRESH_PARENT, sys.executable, "-c", _MEASURE + program, *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(f"a measured process failed:\n{done.stderr}")
-    peak_bytes, read_bytes = done.stderr.strip().splitlines()[-1].split()
-    return int(peak_bytes), int(read_bytes)
 
 
 def measure_all(path: Path, keep: float, max_tokens: int) -> dict[str, Any]:
@@ -163,7 +129,7 @@ def main() -> None:
         path = options.checkpoint
         if path is None:
             path = Path(folder) / "synthetic"
-            write_checkpoint(path, 2048, 8192, 24)
+            write_checkpoint(path, LLAMA)
         figures = measure_all(path, options.keep, options.max_tokens)
     machine = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",

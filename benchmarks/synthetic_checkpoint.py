@@ -1,39 +1,36 @@
-"""Write a checkpoint of random weights in the Llama layout, to measure memory and reads with.
+"""Write a checkpoint of random weights, to measure memory and reads with.
 
-    python benchmarks/synthetic_checkpoint.py DIR [--hidden 2048 --intermediate 8192 --layers 24]
+    python benchmarks/synthetic_checkpoint.py DIR [--shape NAME --layers N --bits 16]
 
-The default is 2.9 GB in bfloat16. Its tokenizer knows bytes; what it says means nothing.
+The default is a Llama of 2.9 GB in bfloat16; shapes are those of ``ifp bench``. Its tokenizer knows
+bytes; what it says means nothing.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
-VOCAB_SIZE = 264
+from ifp_mlx.benchmarking.shapes import QUANTIZATION_GROUP_SIZE, find_shape
+from ifp_mlx.convert.checkpoint_writer import write_model
 
-
-def make_config(hidden: int, intermediate: int, layers: int) -> dict[str, object]:
-    """Return config.json of a Llama with 64-wide heads and four query heads a key head."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": hidden // 64,
-        "num_key_value_heads": hidden // 256,
-        "head_dim": 64,
-        "vocab_size": VOCAB_SIZE,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": True,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "torch_dtype": "bfloat16",
-    }
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+}
+_TOKENS = {"vocab_size": 264, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -57,60 +54,37 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def write_checkpoint(folder: Path, hidden: int, intermediate: int, layers: int) -> int:
-    """Write the checkpoint, a file a layer, and return the bytes of its weights."""
+def write_checkpoint(folder: Path, config: dict[str, Any], bits: int = 16) -> int:
+    """Write a checkpoint, array by array, and return the bytes of its weights.
+
+    Args:
+        folder: is made.
+        config: as in config.json; its vocabulary is replaced by one of bytes.
+        bits: 16 for bfloat16, else those of quantized matrices.
+    """
+    from mlx_lm.utils import _get_classes
+
     folder.mkdir(parents=True, exist_ok=True)
-    config = make_config(hidden, intermediate, layers)
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    content = {**config, **_TOKENS}
+    model_class, args_class = _get_classes(content)
+    model: nn.Module = model_class(args_class.from_dict(content))  # lazy
+    model.set_dtype(mx.bfloat16)
+    if bits != 16:
+        nn.quantize(model, group_size=QUANTIZATION_GROUP_SIZE, bits=bits)
+        content["quantization"] = {"group_size": QUANTIZATION_GROUP_SIZE, "bits": bits}
     write_tokenizer(folder)
-    keys = iter(list(mx.random.split(mx.random.key(0), 16 * layers)))
-    weight_map: dict[str, str] = {}
-    total_bytes = 0
-
-    def save(name: str, shapes: dict[str, tuple[int, ...]]) -> None:
-        nonlocal total_bytes
-        arrays = {
-            path: mx.ones(shape, mx.bfloat16)
-            if len(shape) == 1
-            else (0.02 * mx.random.normal(shape, key=next(keys))).astype(mx.bfloat16)
-            for path, shape in shapes.items()
-        }
-        mx.save_safetensors(str(folder / name), arrays, {"format": "mlx"})
-        weight_map.update(dict.fromkeys(arrays, name))
-        total_bytes += sum(array.nbytes for array in arrays.values())
-
-    total = layers + 1
-    save(
-        f"model-00001-of-{total:05d}.safetensors",
-        {"model.embed_tokens.weight": (VOCAB_SIZE, hidden), "model.norm.weight": (hidden,)},
-    )
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}"
-        save(
-            f"model-{layer + 2:05d}-of-{total:05d}.safetensors",
-            {
-                f"{prefix}.self_attn.q_proj.weight": (hidden, hidden),
-                f"{prefix}.self_attn.k_proj.weight": (hidden // 4, hidden),
-                f"{prefix}.self_attn.v_proj.weight": (hidden // 4, hidden),
-                f"{prefix}.self_attn.o_proj.weight": (hidden, hidden),
-                f"{prefix}.mlp.gate_proj.weight": (intermediate, hidden),
-                f"{prefix}.mlp.up_proj.weight": (intermediate, hidden),
-                f"{prefix}.mlp.down_proj.weight": (hidden, intermediate),
-                f"{prefix}.input_layernorm.weight": (hidden,),
-                f"{prefix}.post_attention_layernorm.weight": (hidden,),
-            },
-        )
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    return total_bytes
+    return write_model(model, content, folder)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--intermediate", type=int, default=8192)
-    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--shape", help="in place of the Llama")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--bits", type=int, default=16)
     options = parser.parse_args()
-    size = write_checkpoint(options.folder, options.hidden, options.intermediate, options.layers)
+    wanted = LLAMA if options.shape is None else find_shape(options.shape).config
+    if options.layers:
+        wanted = {**wanted, "num_hidden_layers": options.layers}
+    size = write_checkpoint(options.folder, wanted, options.bits)
     print(f"{options.folder}: {size / 1e9:.2f} GB of weights")

@@ -19,8 +19,8 @@ ShapeName = Annotated[
     typer.Option(
         "--shape",
         metavar="NAME",
-        help="llama-3.1-8b, paper-9b, smollm2-135m, wide-8-layers, qwen1.5-moe-a2.7b, tiny, "
-        "or a config.json; the weights are random.",
+        help="llama-3.1-8b, paper-9b, smollm2-135m, wide-8-layers, qwen1.5-moe-a2.7b, "
+        "qwen3-30b-a3b, tiny, or a config.json; the weights are random.",
     ),
 ]
 PredictorConfig = Annotated[

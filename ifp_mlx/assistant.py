@@ -353,9 +353,15 @@ class Assistant:
         selection.check_shape(self.kind.name, stored_unit_shape(self.files.path))
         return self._cut(selection)
 
-    def select_for(self, text: str, num_kept_units: int) -> Selection:
-        """Return the units that a text selects, without slicing or caching. Evaluates."""
-        return self._select(text, num_kept_units)[0]
+    def select_for(self, text: str, num_kept_units: int, examples: Sequence[str] = ()) -> Selection:
+        """Return the units that a text selects, without slicing or caching. Evaluates.
+
+        Args:
+            text: an instruction, or a task's description.
+            num_kept_units: K.
+            examples: inputs of the task.
+        """
+        return self._select(text, num_kept_units, examples)[0]
 
     def cache_key(self, task: str, num_kept_units: int) -> CacheKey:
         """Return the key under which a task's selection is kept."""

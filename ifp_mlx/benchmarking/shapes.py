@@ -20,7 +20,7 @@ QUANTIZATION_GROUP_SIZE = 64
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A dense model's ``config.json`` and how many of its units a sub-network keeps.
+    """A whole model's ``config.json`` and how many of its units a sub-network keeps.
 
     Attributes:
         name: shown in tables.
@@ -164,6 +164,31 @@ SHAPES = {
                 "tie_word_embeddings": False,
             },
             None,
+        ),
+        # What Mac users run: 128 experts, 8 of them for each token; half of them kept.
+        Shape(
+            "qwen3-30b-a3b",
+            {
+                "model_type": "qwen3_moe",
+                "hidden_size": 2048,
+                "intermediate_size": 6144,
+                "num_hidden_layers": 48,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 4,
+                "head_dim": 128,
+                "num_experts": 128,
+                "num_experts_per_tok": 8,
+                "moe_intermediate_size": 768,
+                "decoder_sparse_step": 1,
+                "mlp_only_layers": [],
+                "norm_topk_prob": True,
+                "rms_norm_eps": 1e-6,
+                "vocab_size": 151936,
+                "rope_theta": 1000000.0,
+                "max_position_embeddings": 40960,
+                "tie_word_embeddings": False,
+            },
+            64,
         ),
         # Seconds on a laptop's CPU: to try the commands out.
         Shape(

@@ -1,6 +1,8 @@
 """config.json of a checkpoint directory, and what makes a directory one."""
 
 import json
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +31,14 @@ def read_config(path: Path) -> ModelConfig:
         raise CheckpointError(
             f"{path} has no config.json; it is not a checkpoint that ifp pull or ifp convert made"
         )
-    check_links(path)
-    content = read_json(path / "config.json")
-    for key in ("model_file", "auto_map"):
-        if key in content:
-            raise CheckpointError(
-                f"{path}/config.json wants to run Python code of the checkpoint ({key}), which is "
-                f"never done; remove {key!r} from it if mlx-lm has this model built in"
-            )
     generation = path / "generation_config.json"
+    check_links(path, [path / "config.json", generation])
+    content = read_json(path / "config.json")
+    if content.get("model_file") is not None:
+        raise CheckpointError(
+            f"{path}/config.json wants to run Python code of the checkpoint (model_file), which is "
+            "never done; remove 'model_file' from it if mlx-lm has this model built in"
+        )
     if generation.exists() and (end_ids := read_json(generation).get("eos_token_id")):
         content["eos_token_id"] = end_ids
     return ModelConfig.parse(content, path / "config.json")
@@ -52,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise CheckpointError(f"{path} is larger than any such file; download it again")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -62,20 +63,28 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_links(path: Path) -> None:
+def check_links(path: Path, files: Iterable[Path]) -> None:
     """Refuse links that leave the directory, except those of the hub's own cache layout.
 
+    There the files are links to ``blobs``; that folder, or a blob in it, may itself be a link to
+    another disk.
+
+    Args:
+        path: a checkpoint directory.
+        files: of it, those that are about to be read; others cannot do harm.
+
     Raises:
-        CheckpointError: names the link.
+        CheckpointError: names the link, also one to a file that is gone.
     """
     root = path.resolve()
-    allowed = [root]
-    if root.parent.name == "snapshots":
-        allowed.append(root.parent.parent / "blobs")
-    for entry in path.iterdir():
-        if entry.is_symlink():
-            target = entry.resolve()
-            if not any(target.is_relative_to(folder) for folder in allowed):
-                raise CheckpointError(
-                    f"{entry} is a link out of the checkpoint directory; copy the file instead"
-                )
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    for file in files:
+        if not file.is_symlink():
+            continue
+        if not file.exists():
+            raise CheckpointError(f"{file} is a link to a file that is gone; download it again")
+        first = Path(os.path.normpath(root / file.readlink()))
+        if not file.resolve().is_relative_to(root) and first.parent != blobs:
+            raise CheckpointError(
+                f"{file} is a link out of the checkpoint directory; copy the file instead"
+            )

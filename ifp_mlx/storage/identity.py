@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ifp_mlx.storage.config_file import read_config, read_json
 from ifp_mlx.storage.tensor_files import StoredTensor
+from ifp_mlx.storage.weight_files import weight_files
 from ifp_mlx.storage.weights import stored_tensors
 
 # Of config.json: says who wrote the file or how to compute, not what the model is.
@@ -37,11 +38,12 @@ def file_states(path: Path) -> tuple[tuple[str, int, int, int], ...]:
     written again, even one whose date was set back.
 
     Raises:
-        CheckpointError: there is no config.json.
+        CheckpointError: there is no config.json, or it is not clear where the weights are.
     """
-    files = [path / "config.json", *sorted(path.glob("model*.safetensors"))]
-    if not files[0].exists():
+    config = path / "config.json"
+    if not config.exists():
         read_config(path)  # says what is wrong
+    files = [config, *weight_files(path)]
     states = [(file, file.stat()) for file in files]
     return tuple((str(f), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f, s in states)
 
