@@ -80,6 +80,9 @@ def options(shape: str, bits: int = 16, **changes: Any) -> ModelOptions:
     return ModelOptions(shape, **{"predictor": BIG_PREDICTOR, "bits": bits, **changes})
 
 
+READING = tuple(Workload(tokens, new_tokens=0) for tokens in (1024, 4096, 16384, 32768))
+"""Prompts that a part reads and the whole model answers (docs/reading.md)."""
+
 K_SWEEP = (1792, 3584, 7168, 10752, 14336)
 
 # The most important first: a run that is cut off keeps what it has.
@@ -98,6 +101,16 @@ JOBS: dict[str, Job] = {
         options("llama-3.1-8b", num_kept_units=K_SWEEP), (Workload(4096, 16, num_samples=SAMPLES),)
     ),
     "moe-bf16": latency(options("qwen1.5-moe-a2.7b"), PAPER),
+    "30b-a3b-4bit": latency(
+        options("qwen3-30b-a3b", 4, predictor="smollm2-135m"), (Workload(4096),)
+    ),
+    "slicing-30b-a3b-4bit": slicing(options("qwen3-30b-a3b", 4)),
+    "8b-bf16-reading": latency(
+        options("llama-3.1-8b", num_kept_units=(7168,), predictor="smollm2-135m"), READING
+    ),
+    "8b-4bit-reading": latency(
+        options("llama-3.1-8b", 4, num_kept_units=(7168,), predictor="smollm2-135m"), READING
+    ),
     "8b-bf16-one-sample": latency(options("llama-3.1-8b"), (Workload(2048),)),
     "slicing-9b-bf16": slicing(options("paper-9b")),
     "8b-bf16-small-predictor": latency(

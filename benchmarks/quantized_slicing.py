@@ -137,7 +137,7 @@ def quantized_once(
     plain: nn.Module, source: Path, selection: Selection, quantization: Quantization, target: Path
 ) -> tuple[int, int]:
     """Return how many packed FFN arrays of an export are as they should be, and how many exist."""
-    card = ModelCard(None, None, None, "prompt", 1, 1, 1, 1, 1)
+    card = ModelCard(None, None, None, "prompt", 1, 1, 1, "FFN units", 1, 1)
     compact = slice_model(plain, selection)
     export_checkpoint(compact, selection, source, target, card, quantization=quantization)
     exported, _ = load_model(target)

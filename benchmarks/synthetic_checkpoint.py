@@ -54,13 +54,16 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def write_checkpoint(folder: Path, config: dict[str, Any], bits: int = 16) -> int:
+def write_checkpoint(
+    folder: Path, config: dict[str, Any], bits: int = 16, dtype: mx.Dtype = mx.bfloat16
+) -> int:
     """Write a checkpoint, array by array, and return the bytes of its weights.
 
     Args:
         folder: is made.
         config: as in config.json; its vocabulary is replaced by one of bytes.
-        bits: 16 for bfloat16, else those of quantized matrices.
+        bits: of quantized matrices; 16 quantizes none.
+        dtype: of what is not quantized.
     """
     from mlx_lm.utils import _get_classes
 
@@ -68,7 +71,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any], bits: int = 16) -> in
     content = {**config, **_TOKENS}
     model_class, args_class = _get_classes(content)
     model: nn.Module = model_class(args_class.from_dict(content))  # lazy
-    model.set_dtype(mx.bfloat16)
+    model.set_dtype(dtype)
     if bits != 16:
         nn.quantize(model, group_size=QUANTIZATION_GROUP_SIZE, bits=bits)
         content["quantization"] = {"group_size": QUANTIZATION_GROUP_SIZE, "bits": bits}

@@ -9,13 +9,14 @@ import contextlib
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 from typing import Annotated, NoReturn
 
 import typer
 
 from ifp_mlx import __version__
 from ifp_mlx.cli.library_warnings import library_warnings_shown
-from ifp_mlx.cli.terminal import complain
+from ifp_mlx.cli.terminal import complain, prepare_streams
 from ifp_mlx.errors import IFPError, UsageError
 
 EXIT_FAILED = 1
@@ -27,6 +28,7 @@ _COMMANDS = {
     "pull": "pull",
     "chat": "chat",
     "generate": "generate",
+    "fit": "fit",
     "cache": "app",
     "tasks": "tasks",
     "convert": "convert",
@@ -83,8 +85,8 @@ def ifp(
 ) -> None:
     """Chat with the part of a language model that your task needs.
 
-    ifp picks the FFN units that a task uses, slices them into a smaller dense model and talks
-    with that. Answers go to standard output, everything else to standard error.
+    ifp picks the units that a task uses (FFN units, or experts of a mixture), slices them into a
+    smaller model and talks with that. Answers go to standard output, everything else to standard error.
     """
     from ifp_mlx.blas import prefer_openblas
 
@@ -100,6 +102,7 @@ def run(arguments: list[str] | None = None) -> int:
     """Run one command line and return its exit code; every expected error is one line."""
     words = sys.argv[1:] if arguments is None else arguments
     try:
+        _refuse_bytes(words)
         app = make_app(words[0] if words and words[0] in _COMMANDS else None)
         with library_warnings_shown():
             code = app(arguments, prog_name="ifp", standalone_mode=False)
@@ -117,6 +120,26 @@ def run(arguments: list[str] | None = None) -> int:
         return EXIT_FAILED
     except (_CommandLineError, typer.Abort) as error:
         return _report_command_line(error)
+    except OSError as error:  # of a file no one took care of, or standard output's
+        what = error.filename if error.filename is not None else "standard output"
+        complain(f"cannot use {what}: {error.strerror or error}")
+        return EXIT_FAILED
+
+
+def _refuse_bytes(words: Sequence[str]) -> None:
+    """Refuse a command line with bytes that are no text in the terminal's encoding.
+
+    Raises:
+        UsageError: shows the argument.
+    """
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            shown = word.encode(errors="replace").decode()
+            raise UsageError(
+                f"{shown!r} is not UTF-8 text; write it in UTF-8, or convert it with iconv -t UTF-8"
+            ) from None
 
 
 def _report_command_line(error: Exception) -> int:
@@ -133,6 +156,7 @@ def main() -> NoReturn:
     # transformers loads torch wherever it is installed, which takes seconds; nothing here uses it.
     # None makes it look absent.
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+    prepare_streams()
     try:
         code = run()
     except SystemExit as ended:  # shell completion ends so

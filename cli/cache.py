@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +12,6 @@ from ifp_mlx.cli import options
 from ifp_mlx.cli.loading import choose_subnetwork, describe_subnetwork, load_assistant
 from ifp_mlx.cli.option_groups import expands_options
 from ifp_mlx.cli.terminal import answer_console, gigabytes, plural, print_json, say, title
-from ifp_mlx.errors import UsageError
 
 if TYPE_CHECKING:
     from ifp_mlx.subnets.task_cache import CacheEntry, TaskCache
@@ -143,7 +141,9 @@ def add(
 
     With --examples it is selected anew, and replaces the one that is cached.
     """
-    inputs = () if examples is None else _read_examples(examples)
+    from ifp_mlx.text.task_examples import read_task_examples
+
+    inputs = () if examples is None else read_task_examples(examples)
     subnet_options = options.SubnetOptions(task, amount)
     assistant = load_assistant(options.AssistantOptions(selector, source=source))
     subnet = choose_subnetwork(assistant, subnet_options, task, inputs)
@@ -224,31 +224,6 @@ def path(as_json: options.AsJson = False) -> None:
         print_json({"path": folder})
     else:
         typer.echo(folder)
-
-
-def _read_examples(path: Path) -> tuple[str, ...]:
-    try:
-        # Not splitlines: JSON may hold other line separators inside its strings.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise UsageError(f"cannot read the examples in {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text; save it as UTF-8") from error
-    examples = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        if path.suffix == ".jsonl":
-            try:
-                line = json.loads(line)["prompt"]
-            except (ValueError, KeyError, TypeError):
-                line = ""
-            if not isinstance(line, str) or not line.strip():
-                raise UsageError(f'{path}:{number}: no JSON object with a "prompt"; fix the line')
-        examples.append(line)
-    if not examples:
-        raise UsageError(f"{path} holds no example; write a request of the task on each line")
-    return tuple(examples)
 
 
 def _open_cache() -> TaskCache:

@@ -77,7 +77,9 @@ class Chat:
         self.sampling = sampling
         self.shows_statistics = True
         self.assistant: Assistant = load_assistant(
-            assistant_options, preload=subnet_options.needs_dense_model
+            assistant_options,
+            task=subnet_options.task,
+            preload=subnet_options.needs_dense_model,
         )
         self.subnet: SubNetwork | None = None
         self.answered_by: SubNetwork | None = None
@@ -177,6 +179,8 @@ class Chat:
         former, former_choice = self.subnet, self._choice
         text = text or self._first_question()
         self._choice = choice
+        if former is not None:
+            self.assistant.release(former)
         try:
             if choice.task is None and text is None and not choice.dense:
                 # An amount that does not fit is refused now, not at the next message.
@@ -186,6 +190,8 @@ class Chat:
                 self._select(text or "")
         except BaseException:
             self._choice = former_choice  # refused, or stopped: all stays as it was
+            if former is not None and not self.assistant.is_whole(former):
+                self.subnet = None  # but for what the new one was being made of
             raise
         self._record_settings()
         if former is None or self.subnet is None:
@@ -345,7 +351,7 @@ class Chat:
         self.subnet = choose_subnetwork(self.assistant, self._choice, text)
         say(describe_subnetwork(self.subnet))
         if self._conversation is not None:
-            self._conversation.switch(self.subnet.model)
+            self.assistant.switch(self._conversation, self.subnet)
             self._kv_file = None  # the KV cache is now of several sub-networks
 
     def _adopt_session(self, session: Session, wanted: SubnetOptions) -> None:

@@ -123,8 +123,9 @@ def export(
         num_kept_units=subnet.num_kept_units,
         num_units=subnet.num_units,
         num_layers=len(subnet.selection.pick.layers),
-        active_parameters=subnet.active_parameters,
-        total_parameters=subnet.total_parameters,
+        unit_label=subnet.kind.label,
+        active_parameters=subnet.size.parameters,
+        total_parameters=subnet.source.parameters,
         adapted=assistant.files.is_adapted,
         requantization_error=subnet.requantization_error,
         quality=_measure(assistant, subnet, data, limit) if data is not None else {},
@@ -156,8 +157,8 @@ def export(
                 "selector": str(subnet.selector),
                 "num_kept_units": subnet.num_kept_units,
                 "num_units": subnet.num_units,
-                "active_parameters": subnet.active_parameters,
-                "total_parameters": subnet.total_parameters,
+                "active_parameters": subnet.size.parameters,
+                "total_parameters": subnet.source.parameters,
             }
         )
         return

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -56,6 +58,16 @@ class PromptOptions:
         return conversation.reply(messages, sampling)
 
 
+Schema = Annotated[
+    Path | None,
+    typer.Option(
+        "--schema",
+        metavar="FILE",
+        help="Answer with JSON that fits the JSON schema in this file; no other token can come.",
+    ),
+]
+
+
 @dataclasses.dataclass(frozen=True)
 class OutputOptions:
     """What is printed beside the answer."""
@@ -81,6 +93,7 @@ def generate(
     subnet_options: options.SubnetOptions,
     assistant_options: options.AssistantOptions,
     prompt_options: PromptOptions,
+    schema: Schema = None,
     sampling_flags: options.SamplingFlags,
     kv_flags: KVFlags,
     output: OutputOptions,
@@ -91,8 +104,14 @@ def generate(
     git diff | ifp generate --task "write commit messages" -
     """
     sampling = sampling_flags.options
+    if schema is not None:
+        sampling = dataclasses.replace(sampling, schema=read_schema(schema))
     text = read_prompt(prompt)
-    assistant = load_assistant(assistant_options, preload=subnet_options.needs_dense_model)
+    assistant = load_assistant(
+        assistant_options,
+        task=subnet_options.task,
+        preload=subnet_options.needs_dense_model,
+    )
     subnet = choose_subnetwork(assistant, subnet_options, text)
     say(describe_subnetwork(subnet))
     conversation, kv_file = begin_conversation(assistant, subnet, kv_flags)
@@ -101,7 +120,8 @@ def generate(
     if output.as_json:
         interrupted = stream_answer(answer, pieces.append)
     else:
-        with answer_writer(markdown=not prompt_options.ignore_chat_template) as write:
+        is_prose = not prompt_options.ignore_chat_template and schema is None
+        with answer_writer(markdown=is_prose) as write:
             interrupted = stream_answer(answer, write)
     measured = conversation.stats
     if kv_file is not None and measured is not None:
@@ -113,3 +133,22 @@ def generate(
         say(full_statistics(subnet, measured))
     if interrupted:
         raise KeyboardInterrupt
+    if schema is not None and measured is not None and measured.finish_reason == "length":
+        say("the answer ends before its JSON does; allow more with --max-tokens")
+
+
+def read_schema(path: Path) -> dict[str, Any]:
+    """Return the JSON schema in a file.
+
+    Raises:
+        UsageError: it cannot be read, or is no JSON object.
+    """
+    try:
+        schema = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not JSON: {error}") from error
+    if not isinstance(schema, dict):
+        raise UsageError(f"{path} is no JSON schema; it must hold a JSON object")
+    return schema

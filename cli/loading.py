@@ -7,18 +7,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ifp_mlx.cli.options import Amount, AssistantOptions, SubnetOptions
-from ifp_mlx.cli.terminal import duration, say, title, working
+from ifp_mlx.cli.terminal import duration, part_of_bytes, say, title, working
+
+RISKY_EXPERT_SHARE = 0.5
+"""Published mixtures lost much of what they could at half of their experts (docs/experts.md)."""
 
 if TYPE_CHECKING:  # the command line must not load mlx before a command needs it
     from ifp_mlx.assistant import Assistant
     from ifp_mlx.subnets.subnetwork import SubNetwork
+    from ifp_mlx.subnets.task_settings import TaskSetting
+    from ifp_mlx.text.task_examples import TaskExample
 
 
-def load_assistant(options: AssistantOptions, *, preload: bool = True) -> Assistant:
+def load_assistant(
+    options: AssistantOptions, *, task: str | None = None, preload: bool = True
+) -> Assistant:
     """Load the model that the options name, with a spinner while that takes.
 
     Args:
         options: which model, and how it is used.
+        task: what it will be used for, if that is known: ``ifp fit`` may have measured it.
         preload: False leaves the dense model alone until something needs it.
     """
     source = options.source
@@ -30,20 +38,40 @@ def load_assistant(options: AssistantOptions, *, preload: bool = True) -> Assist
         from ifp_mlx.subnets.task_cache import TaskCache
 
         auto = options.selector == "auto"
+        path = resolve_model(source.model)
+        setting = task_setting(path, task) if options.read_with == "auto" else None
         return Assistant.load(
-            resolve_model(source.model),
+            path,
             adapter=source.adapter,
             use_adapter=not source.no_adapter,
             selector=None if auto else SelectorSpec.parse(options.selector),
             options=options.cut,
+            reads_with_part=options.read_with == "part" or bool(setting and setting.only_reads),
             cache=None if options.no_cache else TaskCache(subnet_cache_folder()),
             reuse_threshold=options.reuse,
             preload=preload,
         )
 
 
-def num_kept_units(assistant: Assistant, amount: Amount) -> int:
+def task_setting(path: Path, task: str | None) -> TaskSetting | None:
+    """Return what ``ifp fit --use`` set for a task on a model, if it did."""
+    from ifp_mlx.storage.home import task_settings_folder
+    from ifp_mlx.storage.identity import fingerprint
+    from ifp_mlx.subnets.task_settings import TaskSettings
+
+    folder = task_settings_folder()
+    if task is None or not folder.exists():
+        return None
+    return TaskSettings(folder).get(fingerprint(path), task)
+
+
+def num_kept_units(assistant: Assistant, amount: Amount, task: str | None = None) -> int:
     """Return K for an amount; says so when ``--keep`` had to be rounded.
+
+    Args:
+        assistant: of the model.
+        amount: what the flags say.
+        task: whose own setting counts where they say nothing.
 
     Raises:
         UsageError: the model cannot be cut to that amount.
@@ -52,6 +80,11 @@ def num_kept_units(assistant: Assistant, amount: Amount) -> int:
     if amount.keep_units is not None:
         return amounts.check(amount.keep_units)
     if amount.keep is None:
+        if assistant.memory_limit is not None:
+            return assistant.most_that_fit()
+        setting = task_setting(assistant.model_path, task)
+        if setting is not None and setting.only_reads == assistant.reads_with_part:
+            return setting.num_kept_units
         return assistant.default_num_kept_units
     kept = amounts.nearest(amount.keep)
     if kept != amount.keep * amounts.num_units:
@@ -66,7 +99,7 @@ def choose_subnetwork(
     assistant: Assistant,
     options: SubnetOptions,
     first_message: str,
-    examples: Sequence[str] = (),
+    examples: Sequence[TaskExample] = (),
 ) -> SubNetwork:
     """Return the sub-network for the task, or for the first message if there is no task.
 
@@ -78,33 +111,62 @@ def choose_subnetwork(
     """
     if options.dense:
         return assistant.dense()
-    kept = num_kept_units(assistant, options.amount)
+    kept = num_kept_units(assistant, options.amount, options.task)
+    if (caution := _caution(assistant, kept, options.task)) is not None:
+        say(caution)
     with working("preparing the sub-network"):
         if options.task is not None:
             return assistant.subnetwork_for_task(options.task, kept, examples)
         return assistant.subnetwork_for_prompt(first_message, kept)
 
 
+def _caution(assistant: Assistant, kept: int, task: str | None) -> str | None:
+    """Return what is known to speak against an amount, in one line; None for nothing."""
+    share = kept / assistant.num_units
+    setting = task_setting(assistant.model_path, task)
+    measured = setting is not None and kept >= setting.num_kept_units
+    if measured or assistant.reads_with_part or assistant.files.is_adapted:
+        return None
+    label = assistant.kind.label
+    if assistant.kind.router is not None:
+        if share > RISKY_EXPERT_SHARE:
+            return None
+        return f"{share:.0%} of the {label}: risky, and not measured for this task; ifp fit does it"
+    if kept >= assistant.default_num_kept_units:
+        return None
+    return (
+        f"{share:.0%} of the {label}: not measured for this task, and two thirds halved what a "
+        "0.5B coder got right; ifp fit measures it"
+    )
+
+
 def describe_subnetwork(subnet: SubNetwork) -> str:
     """Return the line that says which sub-network answers, and where it came from."""
     units = subnet.kind.label
+    if subnet.reader is not None:
+        return f"the whole model writes; to read, {describe_subnetwork(subnet.reader)}"
     if subnet.selection is None:
         return f"dense: all {subnet.num_units} {units} of each layer"
+    memory = part_of_bytes(subnet.size.num_bytes, subnet.source.num_bytes)
     amount = f"{subnet.num_kept_units} of {subnet.num_units} {units}"
     purpose = f'for "{title(subnet.task)}"' if subnet.task else "for this prompt"
     if subnet.reused_task is not None:
         overlap = subnet.reuse_overlap or 0.0
         return (
             f'reused "{title(subnet.reused_task)}" {purpose} (overlap {overlap:.2f}): '
-            f"{amount}, {subnet.selector}{_requantization(subnet)}"
+            f"{amount}, {memory}, {subnet.selector}{_requantization(subnet)}"
         )
     how = "loaded" if subnet.weights_from_disk else "sliced"
     times = f"{how} in {duration(subnet.slicing_s)}"
     times += _requantization(subnet)
     if subnet.from_cache:
-        return f"cache hit {purpose}: {amount}, {subnet.selector}, {times}"
+        return f"cache hit {purpose}: {amount}, {memory}, {subnet.selector}, {times}"
     selected = f"selected in {duration(subnet.selection_s)}"
-    return f"selected {amount} {purpose}: {subnet.selector}, {selected}, {times}"
+    line = f"selected {amount} {purpose}: {memory}, {subnet.selector}, {selected}, {times}"
+    if subnet.close_task is not None:
+        close = subnet.close_task
+        line += f'\nclose to "{title(close.task)}" ({close.overlap:.2f}): --reuse takes its units'
+    return line
 
 
 def _requantization(subnet: SubNetwork) -> str:

@@ -4,6 +4,7 @@ Names follow mlx-lm where it has them. How groups become flags: ``option_groups`
 """
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,22 @@ if TYPE_CHECKING:  # the command line must not load mlx before a command needs i
     from ifp_mlx.slicing.compact import CutOptions
 
 DEFAULT_MODEL = "smollm2-135m"
+
+
+_PREFIXES = ("", "K", "M", "G", "T")
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes that a size such as ``9GB``, ``800 MB`` or ``9.5G`` stands for.
+
+    Raises:
+        UsageError: it is no size.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(I?)B?\s*", text.upper())
+    if match is None or float(match[1]) == 0:
+        raise UsageError(f"--memory {text!r} is no size; write 9GB or 800MB")
+    step = 1024 if match[3] else 1000
+    return int(float(match[1]) * step ** _PREFIXES.index(match[2]))
 
 
 def model_names() -> list[str]:
@@ -55,14 +72,14 @@ Selector = Annotated[
     ),
 ]
 Reuse = Annotated[
-    float | None,
+    float,
     typer.Option(
         "--reuse",
         metavar="OVERLAP",
         min=0.0,
         max=1.0,
         help="Take the cached sub-network of another description if their units overlap by at "
-        "least this much; 0 turns it off. With the predictor 0.85 if not given, otherwise 0.",
+        "least this much, such as 0.85; 0 always selects.",
     ),
 ]
 MaxTokens = Annotated[
@@ -114,16 +131,17 @@ class Amount:
         typer.Option(
             "--keep",
             metavar="RATIO",
-            help="Share of the FFN units to keep, above 0 up to 1; rounded to the nearest 64 "
-            "units.",
+            help="Share of the units to keep, above 0 up to 1: of the FFN units of each layer, or "
+            "of the experts of a mixture.",
         ),
     ] = None
     keep_units: Annotated[
         int | None,
         typer.Option(
             "--keep-units",
+            "--keep-experts",
             metavar="K",
-            help="FFN units to keep in each layer: a multiple of 64, or all of them.",
+            help="Units to keep in each layer: FFN units, in multiples of 64, or experts.",
         ),
     ] = None
 
@@ -166,7 +184,17 @@ class AssistantOptions:
     """What an assistant is made of: a model, what picks its units, and how they are cut."""
 
     selector: Selector = "auto"
-    reuse: Reuse = None
+    reuse: Reuse = 0.0
+    read_with: Annotated[
+        str,
+        typer.Option(
+            "--read-with",
+            metavar="WHAT",
+            help="What reads prompts. With part the sub-network only reads, and the whole model "
+            "writes: the first token of a long prompt comes sooner. With whole nothing does so. "
+            "auto takes part where ifp fit found that it is as good for the task.",
+        ),
+    ] = "auto"
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Neither read nor write the sub-network cache.")
     ] = False
@@ -178,11 +206,25 @@ class AssistantOptions:
             "bits: exact, slower, and in more memory if few units are kept.",
         ),
     ] = False
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            help="Most memory to use, such as 9GB. If no amount of units is given, as many are "
+            "kept as fit there with a conversation.",
+        ),
+    ] = None
     force: Annotated[
         bool,
         typer.Option("--force", help="Load the sub-network even if it is predicted not to fit."),
     ] = False
     source: ModelOptions = ModelOptions()
+
+    def __post_init__(self) -> None:
+        """Refuse what is no reader."""
+        if self.read_with not in ("auto", "part", "whole"):
+            raise UsageError(f"--read-with is auto, part or whole, not {self.read_with!r}")
 
     def with_model(self, model: str) -> "AssistantOptions":
         """Return the same with another model."""
@@ -193,7 +235,18 @@ class AssistantOptions:
         """How sub-networks are cut."""
         from ifp_mlx.slicing.compact import CutOptions
 
-        return CutOptions(exact_down=self.exact_down, force=self.force)
+        return CutOptions(
+            exact_down=self.exact_down, memory_bytes=self.memory_bytes, force=self.force
+        )
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The most memory to use; None is what the machine has.
+
+        Raises:
+            UsageError: the size is no amount of memory.
+        """
+        return None if self.memory is None else parse_bytes(self.memory)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from typing import Protocol
@@ -79,8 +80,9 @@ class PlainReader:
                 return answer[0]
 
     def _read_line(self, prompt: str) -> str:
-        sys.stderr.write(prompt)
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # messages are read all the same
+            sys.stderr.write(prompt)
+            sys.stderr.flush()
         line = sys.stdin.buffer.readline()
         if not line:
             raise EOFError

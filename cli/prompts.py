@@ -43,7 +43,7 @@ def decode_input(content: bytes, where: str = "") -> str:
         UsageError: they are no UTF-8 text.
     """
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")  # some pipes begin with a mark
     except UnicodeDecodeError as error:
         raise UsageError(
             f"standard input is not UTF-8 text (byte {error.start}{where}); convert it first, "

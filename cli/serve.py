@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,9 +17,9 @@ from ifp_mlx.cli.terminal import plural, say, working
 from ifp_mlx.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:  # the command line must not load mlx before a command needs it
-    from ifp_mlx.assistant import Assistant
-    from ifp_mlx.server.engine import EngineOptions
+    from ifp_mlx.server.access import Access
     from ifp_mlx.server.http import Limits, Server
+    from ifp_mlx.server.subnet_provider import EngineOptions, Prepared
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -53,6 +54,33 @@ class AddressOptions:
             "the list of processes.",
         ),
     ] = None
+
+    allowed_origins: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allowed-origins",
+            metavar="ORIGIN",
+            help="Web pages from here, such as https://example.org, may use the server; * allows "
+            "every page. May be given several times.",
+        ),
+    ] = None
+    allowed_hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allowed-hosts",
+            metavar="NAME",
+            help="Another name that the server is reached by, such as that of a reverse proxy; * "
+            "allows every name. May be given several times.",
+        ),
+    ] = None
+
+    @property
+    def access(self) -> Access:
+        """The library's form."""
+        from ifp_mlx.server.access import Access
+
+        origins, hosts = self.allowed_origins or (), self.allowed_hosts or ()
+        return Access(self.api_key or None, tuple(origins), tuple(host.lower() for host in hosts))
 
     @property
     def shown_host(self) -> str:
@@ -91,13 +119,48 @@ class EngineFlags:
         ),
     ] = 10**9
 
+    prompt_cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompt-cache-dir",
+            metavar="FOLDER",
+            help="Keep the KV caches here when the server stops, in as much space as "
+            "--prompt-cache-bytes allows, so that conversations go on quickly after a restart.",
+        ),
+    ] = None
+    resident_bytes: Annotated[
+        int,
+        typer.Option(
+            "--resident-bytes",
+            metavar="N",
+            min=0,
+            help="Memory for the sub-networks that are not in use now; the oldest go.",
+        ),
+    ] = 2 * 10**9
+    keep_alive: Annotated[
+        float | None,
+        typer.Option(
+            "--keep-alive",
+            metavar="SECONDS",
+            min=0.1,
+            help="Free the model's memory after this long without a request; the next request "
+            "loads it again. Without it the model stays.",
+        ),
+    ] = None
+
     @property
     def options(self) -> EngineOptions:
         """The library's form."""
-        from ifp_mlx.server.engine import EngineOptions
+        from ifp_mlx.server.subnet_provider import EngineOptions
 
         together = self.decode_concurrency
-        return EngineOptions(together, together, prompt_cache_bytes=self.prompt_cache_bytes)
+        return EngineOptions(
+            together,
+            together,
+            prompt_cache_bytes=self.prompt_cache_bytes,
+            prompt_cache_folder=self.prompt_cache_dir,
+            keep_alive_s=self.keep_alive,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +209,21 @@ def serve(
             help="Serve a task as the model MODEL:NAME; may be given several times.",
         ),
     ] = None,
+    default_task: Annotated[
+        str | None,
+        typer.Option(
+            "--default-task",
+            metavar="NAME",
+            help="The task that the bare MODEL answers with. Without it the whole model answers.",
+        ),
+    ] = None,
+    task_from_system: Annotated[
+        bool,
+        typer.Option(
+            "--task-from-system",
+            help="Take the system message of a request for the bare MODEL as its task.",
+        ),
+    ] = False,
     *,
     amount: options.Amount,
     assistant_options: ServedAssistantOptions,
@@ -154,13 +232,18 @@ def serve(
     engine_flags: EngineFlags,
     limit_flags: LimitFlags,
     verbose: Annotated[
-        bool, typer.Option("--verbose", help="Print one line a request on stderr.")
-    ] = False,
+        bool,
+        typer.Option(
+            "--verbose/--quiet",
+            help="Print one line about each request on standard error, or only about those that "
+            "the server could not answer.",
+        ),
+    ] = True,
 ) -> None:
     """Serve the model to tools that speak OpenAI's API.
 
-    Each task is a model of its own (MODEL:NAME). The bare MODEL selects for the first message of
-    each conversation, or for the "task" field of a request; MODEL:dense keeps every unit.
+    Each task is a model of its own (MODEL:NAME). The bare MODEL answers with every unit, as
+    MODEL:dense does, unless a request has a "task" field or --default-task names a task.
 
     Example: ifp serve --task python-helper="help me write Python" --task mail="write e-mails"
     """
@@ -170,18 +253,30 @@ def serve(
     from ifp_mlx.server.catalog import ModelCatalog
     from ifp_mlx.server.engine import Engine
     from ifp_mlx.server.http import Server
+    from ifp_mlx.server.request_log import RequestLog
     from ifp_mlx.server.requests import RequestDefaults
 
-    catalog = ModelCatalog(resolve_model(assistant_options.source.model).name, tasks)
+    catalog = ModelCatalog(
+        resolve_model(assistant_options.source.model).name,
+        tasks,
+        default_task=default_task,
+        task_from_system=task_from_system,
+    )
+    access = address.access
 
-    def prepare() -> tuple[Assistant, int]:
+    def prepare() -> Prepared:
         assistant = load_assistant(assistant_options)
-        kept = num_kept_units(assistant, amount)
+        assistant.limit_resident_bytes(engine_flags.resident_bytes)
+        given = num_kept_units(assistant, amount) if amount.is_given else None
+
+        def kept_units(task: str) -> int:
+            return num_kept_units(assistant, amount, task) if given is None else given
+
         for name, description in tasks.items():  # now, so that no request waits for it
             with working(f"selecting for {name}"):
-                subnet = assistant.subnetwork_for_task(description, kept)
+                subnet = assistant.subnetwork_for_task(description, kept_units(description))
             say(f"{catalog.base_name}:{name}: {describe_subnetwork(subnet)}")
-        return assistant, kept
+        return assistant, kept_units
 
     engine = Engine(prepare, engine_flags.options)
     try:
@@ -190,10 +285,10 @@ def serve(
             address.port,
             engine=engine,
             catalog=catalog,
-            defaults=RequestDefaults(answers.max_tokens, answers.temp, engine.context_length),
+            defaults=RequestDefaults(answers.max_tokens, answers.temp),
             limits=limit_flags.limits,
-            api_key=address.api_key or None,
-            on_log=say if verbose else lambda line: None,
+            access=access,
+            log=RequestLog(say, only_server_errors=not verbose),
         )
         if address.host not in _LOOPBACK and not address.api_key:
             say(f"anyone who reaches {address.host} can use this server; --api-key asks for a key")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ifp_mlx.cli.terminal import duration, gigabytes
+from ifp_mlx.cli.terminal import duration, gigabytes, part_of_bytes
 
 if TYPE_CHECKING:
     from ifp_mlx.chat.generation import GenerationStats
@@ -13,21 +13,36 @@ if TYPE_CHECKING:
 
 def full_statistics(subnet: SubNetwork, stats: GenerationStats) -> str:
     """Return the lines that ``--stats`` prints."""
-    share = subnet.active_parameters / subnet.total_parameters
     new_tokens = stats.prompt_tokens - stats.cached_prompt_tokens
     prompt = f"prompt {new_tokens} tokens at {stats.prompt_tps:.1f} tokens/s"
     if stats.cached_prompt_tokens:
         prompt += f" ({stats.cached_prompt_tokens} more from the KV cache)"
+    part = subnet.reader or subnet
+    who = "sub-network" if subnet.reader is None else "written by the whole model, read by"
     return (
-        f"sub-network {subnet.selector}, {subnet.num_kept_units}/{subnet.num_units} units, "
-        f"{subnet.active_parameters / 1e6:.1f}M of {subnet.total_parameters / 1e6:.1f}M "
-        f"parameters active ({share:.0%}); selection {subnet.selection_s * 1000:.1f} ms"
-        f"{' (cache hit)' if subnet.from_cache else ''}, "
-        f"slicing {subnet.slicing_s * 1000:.1f} ms\n"
+        f"{who} {_facts(part)}; selection {part.selection_s * 1000:.1f} ms"
+        f"{' (cache hit)' if part.from_cache else ''}, "
+        f"slicing {part.slicing_s * 1000:.1f} ms\n"
         f"{prompt}, answer {stats.generated_tokens} tokens at {stats.generation_tps:.1f} "
         f"tokens/s, first token after {duration(stats.time_to_first_token_s)}, "
         f"peak memory {gigabytes(stats.peak_memory_bytes)}, {stats.finish_reason}"
+        f"{_missing(stats)}"
     )
+
+
+def _facts(subnet: SubNetwork) -> str:
+    share = subnet.size.parameters / subnet.source.parameters
+    return (
+        f"{subnet.selector}, {subnet.num_kept_units}/{subnet.num_units} {subnet.kind.label}, "
+        f"{subnet.size.parameters / 1e6:.1f}M of {subnet.source.parameters / 1e6:.1f}M parameters "
+        f"active ({share:.0%}), {part_of_bytes(subnet.size.num_bytes, subnet.source.num_bytes)}"
+    )
+
+
+def _missing(stats: GenerationStats) -> str:
+    if stats.missing_share is None:
+        return ""
+    return f"; {stats.missing_share:.1%} of the routers' weight wanted experts that are not there"
 
 
 def turn_statistics(stats: GenerationStats, used: int, context_length: int) -> str:
@@ -52,11 +67,14 @@ def statistics_record(subnet: SubNetwork, stats: GenerationStats) -> dict[str, A
     """Return the ``--json`` form; names carry their units."""
     return {
         "selector": str(subnet.selector),
+        "read_by": None if subnet.reader is None else str(subnet.reader.selector),
         "task": subnet.task,
         "num_kept_units": subnet.num_kept_units,
         "num_units": subnet.num_units,
-        "active_parameters": subnet.active_parameters,
-        "total_parameters": subnet.total_parameters,
+        "active_parameters": subnet.size.parameters,
+        "total_parameters": subnet.source.parameters,
+        "weights_bytes": subnet.size.num_bytes,
+        "source_weights_bytes": subnet.source.num_bytes,
         "from_cache": subnet.from_cache,
         "reused_task": subnet.reused_task,
         "reuse_overlap": subnet.reuse_overlap,
@@ -71,4 +89,5 @@ def statistics_record(subnet: SubNetwork, stats: GenerationStats) -> dict[str, A
         "time_to_first_token_ms": stats.time_to_first_token_s * 1000,
         "peak_memory_bytes": stats.peak_memory_bytes,
         "finish_reason": stats.finish_reason,
+        "missing_share": stats.missing_share,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,24 @@ if TYPE_CHECKING:  # Rich takes longer to import than a shell completion may tak
     from rich.console import Console
 
 _TITLE_CHARACTERS = 60
+
+
+def prepare_streams() -> None:
+    """Make the standard streams usable, whatever this process was started with.
+
+    One that is closed becomes the null device, before a file that is opened takes its number. What
+    the encoding of standard output does not have is replaced: an answer goes on.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def status_console() -> Console:
@@ -33,22 +52,25 @@ def answer_console() -> Console:
 
 def complain(message: str) -> None:
     """Print one error line, in which parameters of the library are flags."""
-    status_console().print(f"[red]ifp:[/red] {_escape(in_flags(message))}")
+    with contextlib.suppress(OSError):  # nobody can be told
+        status_console().print(f"[red]ifp:[/red] {_escape(in_flags(message))}")
 
 
 def say(message: str) -> None:
-    """Print one status line, dimmed, on standard error."""
-    if not _is_styled():
-        sys.stderr.write(f"{message}\n")
-        return
-    status_console().print(message, style="dim", markup=False)
+    """Print one status line, dimmed, on standard error; one that cannot be is no reason to stop."""
+    with contextlib.suppress(OSError):
+        if not _is_styled():
+            sys.stderr.write(f"{message}\n")
+            return
+        status_console().print(message, style="dim", markup=False)
 
 
 def print_json(value: Any) -> None:
     """Print one JSON document on standard output, for machines."""
     import json
 
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    takes_all = "utf" in (sys.stdout.encoding or "").lower()
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=not takes_all) + "\n")
 
 
 def is_interactive() -> bool:
@@ -111,6 +133,13 @@ def gigabytes(num_bytes: float) -> str:
     if num_bytes >= 1e9:
         return f"{num_bytes / 1e9:.2f} GB"
     return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e5 else f"{num_bytes / 1e3:.1f} kB"
+
+
+def part_of_bytes(part: float, whole: float) -> str:
+    """Return two amounts of bytes in one unit, as in ``486 of 540 MB``."""
+    unit, name = (1e9, "GB") if whole >= 1e9 else (1e6, "MB")
+    digits = 2 if name == "GB" else 0 if whole >= 1e8 else 1
+    return f"{part / unit:.{digits}f} of {whole / unit:.{digits}f} {name}"
 
 
 def duration(seconds: float) -> str:

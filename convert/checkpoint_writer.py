@@ -11,12 +11,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ifp_mlx.errors import CheckpointError, ResourceError
+from ifp_mlx.storage.config_file import check_links
+from ifp_mlx.storage.tokenizer import TOKENIZER_FILES
 
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
-    "LICENSE",
-)  # fmt: skip
+_COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json", "LICENSE")
 
 
 class ShardWriter:
@@ -139,9 +137,12 @@ def copy_tokenizer_files(source: Path, target: Path) -> None:
     """Copy tokenizer, chat template, generation settings and licence of a checkpoint.
 
     Raises:
+        CheckpointError: one of them is a link out of the checkpoint directory.
         ResourceError: the disk is full.
     """
-    for name in _TOKENIZER_FILES:
+    files = [source / name for name in _COPIED_FILES]
+    check_links(source, files)
+    for name in _COPIED_FILES:
         if (source / name).is_file():
             try:
                 shutil.copyfile(source / name, target / name)

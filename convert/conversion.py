@@ -1,6 +1,7 @@
 """Any supported checkpoint turned into an mlx-lm checkpoint directory."""
 
 import dataclasses
+import logging
 import shutil
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from ifp_mlx.errors import CheckpointError
 from ifp_mlx.slicing.unit_file import write_unit_file
 from ifp_mlx.storage.files import require_free_disk, staged_directory
 from ifp_mlx.storage.origin import Origin, read_origin, write_origin
-from ifp_mlx.storage.tokenizer import load_tokenizer
+from ifp_mlx.storage.tokenizer import load_tokenizer, try_chat_template
 from ifp_mlx.storage.weights import load_model, stored_tensors
+
+logger = logging.getLogger(__name__)
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -93,7 +96,8 @@ def convert_checkpoint(
         write_origin(staging, origin or _origin_of(source, file))
         # What is put in place can be read by mlx-lm.
         _, config = load_model(staging, lazy=True)
-        load_tokenizer(staging)
+        if (problem := try_chat_template(load_tokenizer(staging))) is not None:
+            logger.warning("%s", problem.replace(str(staging), str(target)))
         if unit_major:
             write_unit_file(staging, on_bytes=lambda *amounts: progress("preparing", *amounts))
         num_bytes = sum(tensor.num_bytes for tensor in stored_tensors(staging).values())

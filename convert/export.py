@@ -14,11 +14,10 @@ from ifp_mlx.convert.quantize import Quantization, quantize_model
 from ifp_mlx.errors import ArchitectureError
 from ifp_mlx.selection.selection import Selection
 from ifp_mlx.slicing.compact import with_cut_downs
-from ifp_mlx.storage.config_file import read_config
 from ifp_mlx.storage.files import require_free_disk, staged_directory
 from ifp_mlx.storage.origin import read_origin, write_origin
 from ifp_mlx.storage.tokenizer import load_tokenizer
-from ifp_mlx.storage.weights import load_model
+from ifp_mlx.storage.weights import load_model, settled_config
 from ifp_mlx.units.model_config import ModelConfig
 from ifp_mlx.units.modules import packed_leaves
 
@@ -76,7 +75,7 @@ def export_checkpoint(
     compact = with_cut_downs(model)
     if dequantize or quantization is not None:
         compact = dequantize_model(compact)
-    config = _compact_config(read_config(source), selection.num_kept_units)
+    config = _compact_config(settled_config(source), selection.num_kept_units)
     if quantization is not None:
         config, _ = quantize_model(compact, config, quantization)
     config |= _quantization_config(compact)

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from ifp_mlx.convert.gguf_reader import GGUFFile
+from ifp_mlx.convert.gguf_weights import read_dense
 from ifp_mlx.errors import ArchitectureError, CheckpointError
 
 Config = dict[str, Any]
@@ -58,6 +59,8 @@ _TENSOR_NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
 _PARAMETER_NAME = re.compile(r"(?:model\.layers\.(\d+)\.)?([\w.]+?)(?:\.(weight|bias))?")
 ROPE_FACTORS = "rope_freqs.weight"
 YARN_BETAS = ("beta_fast", "beta_slow")
+_MAX_SIZE = 2**24
+_YARN_WEIGHTS = ("attn_factor", "yarn_ext_factor", "yarn_attn_factor")  # all 1 unless said
 _LLAMA3_FREQUENCIES = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -144,7 +147,7 @@ def _gemma2_config(file: GGUFFile) -> Config:
     config = _gemma_config(file) | {
         "attn_logit_softcapping": _number(file, "attn_logit_softcapping", 50.0),
         "final_logit_softcapping": _number(file, "final_logit_softcapping", 30.0),
-        "sliding_window": int(_number(file, "attention.sliding_window", 4096)),
+        "sliding_window": _size(file, "attention.sliding_window", 4096),
     }
     # The 27B model, the one with 46 layers, scales queries by another width than its heads'.
     if _number(file, "block_count") == 46:
@@ -156,7 +159,7 @@ def _gemma2_config(file: GGUFFile) -> Config:
 
 def _gemma3_config(file: GGUFFile) -> Config:
     config = _gemma_config(file) | {
-        "sliding_window": int(_number(file, "attention.sliding_window")),
+        "sliding_window": _size(file, "attention.sliding_window"),
         "sliding_window_pattern": 6,
         "rope_local_base_freq": _number(file, "rope.freq_base_swa", 10_000.0),
     }
@@ -176,7 +179,7 @@ def _expert_config(file: GGUFFile, count_key: str) -> Config:
     count, used = int(_number(file, "expert_count")), int(_number(file, "expert_used_count"))
     if not 0 < used <= count:
         raise CheckpointError(f"{file.path} says that a token sees {used} of {count} experts")
-    for layer in range(int(_number(file, "block_count"))):
+    for layer in range(_size(file, "block_count")):
         for name, num_axes in _EXPERT_AXES.items():
             tensor = file.tensors.get(f"blk.{layer}.{name}.weight")
             if tensor is None or (len(tensor.shape), tensor.shape[0]) != (num_axes, count):
@@ -188,14 +191,14 @@ def _expert_config(file: GGUFFile, count_key: str) -> Config:
 
 
 def _qwen3_moe_config(file: GGUFFile) -> Config:
-    width = int(_number(file, "expert_feed_forward_length"))
+    width = _size(file, "expert_feed_forward_length")
     return _expert_config(file, "num_experts") | {"moe_intermediate_size": width}
 
 
 def _gpt_oss_config(file: GGUFFile) -> Config:
     return _expert_config(file, "num_local_experts") | {
-        "intermediate_size": int(_number(file, "expert_feed_forward_length")),
-        "sliding_window": int(_number(file, "attention.sliding_window")),
+        "intermediate_size": _size(file, "expert_feed_forward_length"),
+        "sliding_window": _size(file, "attention.sliding_window"),
     }
 
 
@@ -245,9 +248,9 @@ def architecture_of(file: GGUFFile) -> GGUFArchitecture:
         ArchitectureError: the family is not in the table, or one of dense models has experts.
     """
     name = file.metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ArchitectureError(
-            f"{file.path} has the architecture {name!r}; GGUF files of these are converted: "
+            f"{file.path} has the architecture {name!r:.60}; GGUF files of these are converted: "
             f"{', '.join(sorted(ARCHITECTURES))}"
         )
     architecture = ARCHITECTURES[name]
@@ -271,20 +274,20 @@ def config_of(file: GGUFFile) -> Config:
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise CheckpointError(f"{file.path} has no tensor token_embd.weight; is it a whole model?")
-    num_heads = int(_number(file, "attention.head_count"))
+    num_heads = _size(file, "attention.head_count")
     config: Config = {
         "model_type": architecture.model_type,
         "architectures": [architecture.class_name],
         "vocab_size": embedding.shape[0],
-        "hidden_size": int(_number(file, "embedding_length")),
-        "intermediate_size": int(_number(file, "feed_forward_length")),
-        "num_hidden_layers": int(_number(file, "block_count")),
+        "hidden_size": _size(file, "embedding_length"),
+        "intermediate_size": _size(file, "feed_forward_length"),
+        "num_hidden_layers": _size(file, "block_count"),
         "num_attention_heads": num_heads,
-        "num_key_value_heads": int(_number(file, "attention.head_count_kv", num_heads)),
+        "num_key_value_heads": _size(file, "attention.head_count_kv", num_heads),
         "head_dim": _head_dim(file),
         "rms_norm_eps": _number(file, "attention.layer_norm_rms_epsilon"),
         "rope_theta": _number(file, "rope.freq_base", 10_000.0),
-        "max_position_embeddings": int(_number(file, "context_length")),
+        "max_position_embeddings": _size(file, "context_length"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
@@ -309,11 +312,20 @@ def _number(file: GGUFFile, key: str, default: float | None = None) -> float:
     return value if isinstance(value, int) else float(str(np.float32(value)))
 
 
+def _size(file: GGUFFile, key: str, default: int | None = None) -> int:
+    """Return the size at ``ARCHITECTURE.key``, which no file that is whole has beyond reason."""
+    size = _number(file, key, default)
+    if not 1 <= size <= _MAX_SIZE or size != int(size):
+        raise CheckpointError(f"{file.path} is damaged: it says that {key} is {size:g}")
+    return int(size)
+
+
 def _head_dim(file: GGUFFile) -> int:
-    heads = _number(file, "attention.head_count")
-    if heads < 1:
-        raise CheckpointError(f"{file.path} says that the model has {heads} attention heads")
-    return int(_number(file, "attention.key_length", _number(file, "embedding_length") // heads))
+    heads = _size(file, "attention.head_count")
+    width = _size(file, "attention.key_length", _size(file, "embedding_length") // heads)
+    if width % 2:
+        raise CheckpointError(f"{file.path} is damaged: its heads are {width} values wide")
+    return width
 
 
 def _rope_scaling(file: GGUFFile, config: Config) -> Config | None:
@@ -322,38 +334,60 @@ def _rope_scaling(file: GGUFFile, config: Config) -> Config | None:
     Raises:
         CheckpointError: positions are scaled in a way that config.json cannot say.
     """
-    if ROPE_FACTORS in file.tensors:
-        return _llama3_scaling(file, config)
-    prefix = f"{file.metadata['general.architecture']}.rope.scaling"
-    kind = file.metadata.get(f"{prefix}.type", "none")
-    if kind == "none":
+    dimensions = _number(file, "rope.dimension_count", config["head_dim"])
+    if dimensions != config["head_dim"]:
+        raise _not_said(file, f"positions in {dimensions} of {config['head_dim']} values of a head")
+    scaling = _said_scaling(file, config)
+    if ROPE_FACTORS not in file.tensors:
+        return scaling
+    if scaling is not None:
+        raise _not_said(file, f"rope scaling {scaling['type']!r} along with rope_freqs")
+    return _llama3_scaling(file, config)
+
+
+def _said_scaling(file: GGUFFile, config: Config) -> Config | None:
+    """Return the scaling that the metadata say, as llama.cpp reads them; None for none."""
+    prefix = f"{file.metadata['general.architecture']}.rope"
+    factor = _number(file, "rope.scaling.factor", _number(file, "rope.scale_linear", 0.0))
+    kind = file.metadata.get(f"{prefix}.scaling.type", "linear")
+    if kind not in ("none", "linear", "yarn") or factor < 0:
+        raise _not_said(file, f"rope scaling {kind!r:.60} by {factor:g}")
+    for key in _YARN_WEIGHTS:
+        if kind == "yarn" and _number(file, f"rope.scaling.{key}", 1.0) != 1.0:
+            raise _not_said(file, f"rope scaling with {key}")
+    if kind == "yarn" and _number(file, "rope.scaling.yarn_log_multiplier", 0.0):
+        raise _not_said(file, "rope scaling with yarn_log_multiplier")
+    if kind == "none" or factor in (0.0, 1.0):
         return None
-    if kind not in ("linear", "yarn"):
-        raise CheckpointError(f"{file.path}: rope scaling {kind!r} cannot be converted")
-    scaling: Config = {
-        "type": kind,
-        "rope_type": kind,
-        "factor": _number(file, "rope.scaling.factor"),
-    }
+    scaling: Config = {"type": kind, "rope_type": kind, "factor": factor}
     if kind == "yarn":
-        original = _number(file, "rope.scaling.original_context_length")
+        length = config["max_position_embeddings"]
+        original = _number(file, "rope.scaling.original_context_length", length)
         scaling["original_max_position_embeddings"] = int(original)
         for key in YARN_BETAS:
-            if f"{prefix}.yarn_{key}" in file.metadata:
+            if f"{prefix}.scaling.yarn_{key}" in file.metadata:
                 scaling[key] = _number(file, f"rope.scaling.yarn_{key}")
     return scaling
 
 
+def _not_said(file: GGUFFile, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{file.path} has {what}, which config.json cannot say; it cannot be converted"
+    )
+
+
 def _llama3_scaling(file: GGUFFile, config: Config) -> Config:
     """Return the Llama 3 scaling whose divisors the file has precomputed, after checking them."""
-    stored = np.frombuffer(file.blocks(file.tensors[ROPE_FACTORS]).tobytes(), np.float32)
-    scaling = {"rope_type": "llama3", "factor": float(stored.max()), **_LLAMA3_FREQUENCIES}
-    expected = llama3_divisors(config | {"rope_scaling": scaling})
-    if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-3):
-        raise CheckpointError(
-            f"{file.path}: its rope_freqs are not those of Llama 3 and cannot be converted"
-        )
-    return scaling
+    stored = np.array(read_dense(file, file.tensors[ROPE_FACTORS]))
+    factor = float(stored.max())
+    if math.isfinite(factor) and factor >= 1.0:
+        scaling = {"rope_type": "llama3", "factor": factor, **_LLAMA3_FREQUENCIES}
+        expected = llama3_divisors(config | {"rope_scaling": scaling})
+        if stored.shape == expected.shape and np.allclose(stored, expected, rtol=1e-3):
+            return scaling
+    raise CheckpointError(
+        f"{file.path}: its rope_freqs are not those of Llama 3 and cannot be converted"
+    )
 
 
 def llama3_divisors(config: Config) -> np.ndarray:

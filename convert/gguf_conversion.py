@@ -12,6 +12,7 @@ from ifp_mlx.convert.gguf_architectures import GGUFArchitecture, architecture_of
 from ifp_mlx.convert.gguf_reader import GGUFFile, GGUFTensor
 from ifp_mlx.convert.gguf_weights import GROUP_SIZE, packing_of, read_dense, read_packed
 from ifp_mlx.convert.progress import Progress
+from ifp_mlx.errors import CheckpointError
 
 
 def converted_bytes(file: GGUFFile, dtype: mx.Dtype) -> int:
@@ -111,8 +112,19 @@ def _parameters(
         path = name.removesuffix(".weight")
         arrays = {f"{path}.{part}": array for part, array in read_packed(file, tensor).items()}
     order = architecture.row_order(tensor.name, config)
+    if order is not None and order.size != tensor.shape[0]:
+        raise CheckpointError(
+            f"{file.path} is damaged: tensor {tensor.name!r} has {tensor.shape[0]} rows, its heads "
+            f"{order.size}"
+        )
     for key, array in arrays.items():
         array = array if order is None else array[order]
         arrays[key] = array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
     mx.eval(arrays)
+    for array in arrays.values():
+        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+            raise CheckpointError(
+                f"{file.path}: tensor {tensor.name!r} holds values that are not numbers; fetch the "
+                "file again"
+            )
     return arrays

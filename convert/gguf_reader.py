@@ -1,4 +1,4 @@
-"""A GGUF file as checked metadata and tensors.
+"""A GGUF file, or all parts of one, as checked metadata and tensors.
 
 Written from the format's description: magic, version, counts, key-value pairs, tensor table,
 then tensor data. Every length is compared with what is left of the file before anything is
@@ -8,6 +8,7 @@ allocated, so a damaged or hostile file gives one ``CheckpointError``.
 import dataclasses
 import math
 import mmap
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,16 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from ifp_mlx.errors import CheckpointError
+from ifp_mlx.storage.misnamed import what_it_is
+from ifp_mlx.storage.weight_files import named
 
 _MAGIC = b"GGUF"
 _DEFAULT_ALIGNMENT = 32
 _MAX_DIMENSIONS = 4
+_MAX_NAME_LENGTH = 256
 _STRING, _ARRAY = 8, 9
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")  # of gguf-split; each part is a GGUF file
+_PIECE = re.compile(r"part|split|\.\d{2,3}$|-[a-z]{2}$")  # of split(1); only the first is one
 # Value type in the file -> little-endian struct format. 7 is a boolean in one byte.
 _SCALARS = {
     0: "B",
@@ -46,6 +52,7 @@ class GGUFTensor:
         kind: how the numbers are stored, such as ``Q4_1``.
         offset: bytes from the start of the file.
         num_bytes: size in the file.
+        data: the mapped file.
     """
 
     name: str
@@ -53,6 +60,7 @@ class GGUFTensor:
     kind: GGMLQuantizationType
     offset: int
     num_bytes: int
+    data: mmap.mmap = dataclasses.field(repr=False, compare=False)
 
     def split(self) -> list["GGUFTensor"]:
         """Return the tensors of one axis less that lie one after the other in this one."""
@@ -71,22 +79,79 @@ class GGUFTensor:
 class GGUFFile:
     """An open GGUF file: ``metadata`` by key, ``tensors`` by name.
 
-    Tensor data stay on disk until ``blocks`` asks for them.
+    Tensor data stay on disk until ``blocks`` asks for them. Of a model in parts, each may be named;
+    all are read.
 
     Raises:
-        CheckpointError: the file is not GGUF version 2 or 3, is truncated or contradicts itself.
+        CheckpointError: the file is not GGUF version 2 or 3, is truncated or contradicts itself,
+            or parts are missing.
     """
+
+    def __init__(self, path: Path):
+        self.path = path
+        parts = [_Part(part) for part in _part_paths(path)]
+        self.metadata = parts[0].metadata
+        self.tensors: dict[str, GGUFTensor] = {}
+        for number, part in enumerate(parts):
+            said = (part.metadata.get("split.no", number), part.metadata.get("split.count"))
+            if said[0] != number or said[1] not in (None, 0, len(parts)):
+                raise CheckpointError(
+                    f"{part.path} says that it is part {said[0]} (from 0) of {said[1]}; put all "
+                    "parts into one folder, under the names that they were published with"
+                )
+            twice = next((name for name in part.tensors if name in self.tensors), None)
+            if twice is not None:
+                raise CheckpointError(f"{part.path}: tensor {twice!r} is in another part, too")
+            self.tensors |= part.tensors
+        count = self.metadata.get("split.tensors.count", len(self.tensors))
+        if count != len(self.tensors):
+            raise CheckpointError(
+                f"{path} announces {count} tensors, {len(parts)} parts have {len(self.tensors)}; "
+                "fetch all parts again"
+            )
+
+    def blocks(self, tensor: GGUFTensor) -> np.ndarray:
+        """Return a tensor's bytes, (rows, bytes a row) uint8, as a view of the mapped file."""
+        flat = np.frombuffer(tensor.data, np.uint8, tensor.num_bytes, tensor.offset)
+        return flat.reshape(math.prod(tensor.shape[:-1]), -1)
+
+
+def _part_paths(path: Path) -> list[Path]:
+    """Return the files that a model is in, in order, by their names.
+
+    Raises:
+        CheckpointError: some are missing.
+    """
+    match = _PART.fullmatch(path.name)
+    count = int(match[3]) if match is not None else 1
+    if match is None or not 1 <= int(match[2]) <= count:
+        return [path]
+    paths = [path.with_name(f"{match[1]}-{n:05d}-of-{match[3]}.gguf") for n in range(1, count + 1)]
+    missing = [part.name for part in paths if not part.exists()]
+    if missing:
+        raise CheckpointError(
+            f"{path} is one of {count} parts; {named(missing)} must lie beside it: fetch all parts "
+            "into one folder"
+        )
+    return paths
+
+
+class _Part:
+    """One file."""
 
     def __init__(self, path: Path):
         self.path = path
         try:
             with path.open("rb") as file:
+                problem = what_it_is(path, file.read(64))
+                if problem is not None and not problem.startswith("is a GGUF"):
+                    raise CheckpointError(f"{path} {problem}")
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot read {path}: {error}") from error
         self._position = 0
         if self._take(4) != _MAGIC:
-            raise CheckpointError(f"{path} is not a GGUF file")
+            raise CheckpointError(f"{path} is not a GGUF file{self._hint}")
         version = self._scalar("I")
         if version not in (2, 3):
             raise CheckpointError(
@@ -96,17 +161,19 @@ class GGUFFile:
         self.metadata: dict[str, Any] = {}
         # The shortest pair takes 13 bytes, the shortest tensor entry 24.
         for _ in range(self._checked_count(num_pairs, 13, "metadata entries")):
-            key = self._string()
+            key = self._name()
             self.metadata[key] = self._value(self._scalar("I"), key)
         self.tensors = self._tensor_table(self._checked_count(num_tensors, 24, "tensors"))
 
-    def blocks(self, tensor: GGUFTensor) -> np.ndarray:
-        """Return a tensor's bytes, (rows, bytes a row) uint8, as a view of the mapped file."""
-        flat = np.frombuffer(self._data, np.uint8, tensor.num_bytes, tensor.offset)
-        return flat.reshape(math.prod(tensor.shape[:-1]), -1)
+    @property
+    def _hint(self) -> str:
+        is_piece = _PIECE.search(self.path.name) is not None
+        return "; join the pieces of a file that was cut first (cat)" if is_piece else ""
 
     def _fail(self, reason: str) -> CheckpointError:
-        return CheckpointError(f"{self.path} is damaged: {reason}; fetch the file again")
+        return CheckpointError(
+            f"{self.path} is damaged: {reason}; fetch the file again{self._hint}"
+        )
 
     def _take(self, num_bytes: int) -> bytes:
         if num_bytes > len(self._data) - self._position:
@@ -126,6 +193,12 @@ class GGUFFile:
         return self._take(self._checked_count(self._scalar("Q"), 1, "characters")).decode(
             "utf-8", errors="replace"
         )
+
+    def _name(self) -> str:
+        name = self._string()
+        if len(name) > _MAX_NAME_LENGTH or not name.isprintable():
+            raise self._fail(f"{name!r:.60} is no name")
+        return name
 
     def _value(self, value_type: int, key: str) -> Any:
         if value_type == _STRING:
@@ -147,7 +220,7 @@ class GGUFFile:
     def _tensor_table(self, count: int) -> dict[str, GGUFTensor]:
         entries = []
         for _ in range(count):
-            name, rank = self._string(), self._scalar("I")
+            name, rank = self._name(), self._scalar("I")
             if not 1 <= rank <= _MAX_DIMENSIONS:
                 raise self._fail(f"tensor {name!r} has {rank} dimensions")
             shape = tuple(self._scalar("Q") for _ in range(rank))[::-1]
@@ -176,4 +249,4 @@ class GGUFFile:
         num_bytes = math.prod(shape) // block_size * block_bytes
         if offset + num_bytes > len(self._data):
             raise self._fail(f"tensor {name!r} ends after the end of the file")
-        return GGUFTensor(name, shape, kind, offset, num_bytes)
+        return GGUFTensor(name, shape, kind, offset, num_bytes, self._data)

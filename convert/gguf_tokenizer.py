@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ifp_mlx.convert.gguf_reader import GGUFFile
 from ifp_mlx.errors import CheckpointError
+from ifp_mlx.storage.notices import warn_once
 
 # Values of tokenizer.ggml.token_type that matter here.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
@@ -87,25 +88,26 @@ def tokenizer_of(file: GGUFFile) -> PreTrainedTokenizerFast:
         tokenizer = _sentencepiece_bpe(file, tokens)
     else:
         raise CheckpointError(
-            f"{file.path} has a tokenizer of the kind {kind!r}; 'gpt2' and 'llama' can be rebuilt"
+            f"{file.path} has a tokenizer of the kind {kind!r:.60}; "
+            "'gpt2' and 'llama' can be rebuilt"
         )
-    types = metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
-    for index, (token, token_type) in enumerate(zip(tokens, types, strict=False)):
+    types = _token_types(file, _NORMAL, len(tokens))
+    for index, (token, token_type) in enumerate(zip(tokens, types, strict=True)):
         if token_type in (_UNKNOWN, _CONTROL, _USER_DEFINED) and token:
             special = token_type != _USER_DEFINED
             tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
             if tokenizer.token_to_id(token) != index:
-                raise CheckpointError(f"{file.path}: token {token!r} is there twice")
-    roles = {
-        role: tokens[_token_id(file, key)]
+                raise CheckpointError(f"{file.path}: token {token!r:.60} is there twice")
+    ids = {
+        role: _token_id(file, key)
         for role, key in (
             ("bos_token", "bos_token_id"),
             ("eos_token", "eos_token_id"),
             ("unk_token", "unknown_token_id"),
             ("pad_token", "padding_token_id"),
         )
-        if f"tokenizer.ggml.{key}" in metadata
     }
+    roles = {role: tokens[index] for role, index in ids.items() if index is not None}
     # Llama's tokenizers put the beginning token in front unless the file says otherwise.
     adds_bos = metadata.get(
         "tokenizer.ggml.add_bos_token",
@@ -115,7 +117,7 @@ def tokenizer_of(file: GGUFFile) -> PreTrainedTokenizerFast:
         bos = roles["bos_token"]
         before = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B",
-            special_tokens=[(bos, _token_id(file, "bos_token_id"))],
+            special_tokens=[(bos, ids["bos_token"])],
         )  # fmt: skip
         byte_level = processors.ByteLevel(trim_offsets=False)
         tokenizer.post_processor = (
@@ -129,7 +131,7 @@ def tokenizer_of(file: GGUFFile) -> PreTrainedTokenizerFast:
         **roles,
     )
     template = metadata.get("tokenizer.chat_template")
-    if template:
+    if isinstance(template, str) and template:
         wrapped.chat_template = template
     return wrapped
 
@@ -141,21 +143,18 @@ def generation_config_of(file: GGUFFile) -> dict[str, Any]:
     which a chat model of this vocabulary ends its turn.
     """
     tokens = _strings(file, "tokens")
-    types = file.metadata.get("tokenizer.ggml.token_type", [_CONTROL] * len(tokens))
-    ends = [
-        _token_id(file, key)
-        for key in ("eos_token_id", "eot_token_id", "eom_token_id")
-        if f"tokenizer.ggml.{key}" in file.metadata
-    ]
+    types = _token_types(file, _CONTROL, len(tokens))
+    said = [_token_id(file, key) for key in ("eos_token_id", "eot_token_id", "eom_token_id")]
+    ends = [index for index in said if index is not None]
     ends += [
         index
-        for index, (token, token_type) in enumerate(zip(tokens, types, strict=False))
+        for index, (token, token_type) in enumerate(zip(tokens, types, strict=True))
         if token_type == _CONTROL and token in _END_TOKENS
     ]
     config: dict[str, Any] = {"eos_token_id": list(dict.fromkeys(ends))}
     for key, role in (("bos_token_id", "bos_token_id"), ("pad_token_id", "padding_token_id")):
-        if f"tokenizer.ggml.{role}" in file.metadata:
-            config[key] = _token_id(file, role)
+        if (index := _token_id(file, role)) is not None:
+            config[key] = index
     return config
 
 
@@ -166,11 +165,27 @@ def _strings(file: GGUFFile, key: str) -> list[str]:
     return values
 
 
-def _token_id(file: GGUFFile, key: str) -> int:
-    value = file.metadata[f"tokenizer.ggml.{key}"]
-    if not isinstance(value, int) or not 0 <= value < len(_strings(file, "tokens")):
-        raise CheckpointError(f"{file.path}: tokenizer.ggml.{key} is {value!r}, not a token")
+def _token_id(file: GGUFFile, key: str) -> int | None:
+    """Return the id of a special token, None if the file has none or one that is no token."""
+    value = file.metadata.get(f"tokenizer.ggml.{key}")
+    if value is None:
+        return None
+    num_tokens = len(_strings(file, "tokens"))
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < num_tokens:
+        warn_once(
+            f"{file.path}: tokenizer.ggml.{key} is {str(value)[:20]}, not one of {num_tokens} "
+            "tokens; it is left out"
+        )
+        return None
     return value
+
+
+def _token_types(file: GGUFFile, default: int, num_tokens: int) -> list[int]:
+    """Return what each token is for; ``default`` for all if the file does not say."""
+    types = file.metadata.get("tokenizer.ggml.token_type", [default] * num_tokens)
+    if not isinstance(types, list) or len(types) != num_tokens:
+        raise CheckpointError(f"{file.path} has no tokenizer.ggml.token_type for its tokens")
+    return types
 
 
 def _byte_level_bpe(file: GGUFFile, tokens: list[str]) -> Tokenizer:
@@ -178,7 +193,7 @@ def _byte_level_bpe(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     pre = file.metadata.get("tokenizer.ggml.pre")
     if pre not in PRE_TOKENIZERS:
         raise CheckpointError(
-            f"{file.path} has the pre-tokenizer {pre!r}; known are: "
+            f"{file.path} has the pre-tokenizer {pre!r:.60}; known are: "
             f"{', '.join(sorted(PRE_TOKENIZERS))}"
         )
     merges = [_pair(file, merge) for merge in _strings(file, "merges")]
@@ -199,13 +214,17 @@ def _byte_level_bpe(file: GGUFFile, tokens: list[str]) -> Tokenizer:
 def _pair(file: GGUFFile, merge: str) -> tuple[str, str]:
     left, separator, right = merge.partition(" ")
     if not separator or not left or not right:
-        raise CheckpointError(f"{file.path}: {merge!r} is no merge of two tokens")
+        raise CheckpointError(f"{file.path}: {merge!r:.60} is no merge of two tokens")
     return left, right
 
 
 def _vocabulary(file: GGUFFile, tokens: list[str]) -> dict[str, int]:
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    if len(vocabulary) != len(tokens):
+    num_empty = tokens.count("")
+    if num_empty > 1:
+        warn_once(f"{file.path}: {num_empty} tokens of its vocabulary are empty; they are left out")
+        del vocabulary[""]
+    if len(vocabulary) != len(tokens) - (num_empty if num_empty > 1 else 0):
         raise CheckpointError(f"{file.path}: its vocabulary has the same token twice")
     return vocabulary
 
@@ -217,10 +236,14 @@ def _sentencepiece_bpe(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     best score; as merges these are all ways to split a piece into two pieces, best score first.
     """
     scores = file.metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
+    if (
+        not isinstance(scores, list)
+        or len(scores) != len(tokens)
+        or not all(isinstance(score, int | float) for score in scores)
+    ):
         raise CheckpointError(f"{file.path} has no tokenizer.ggml.scores for its tokens")
     vocabulary = _vocabulary(file, tokens)
-    types = file.metadata.get("tokenizer.ggml.token_type", [_NORMAL] * len(tokens))
+    types = _token_types(file, _NORMAL, len(tokens))
     ranked: list[tuple[float, int, int, tuple[str, str]]] = []
     for token, score, token_type in zip(tokens, scores, types, strict=True):
         if token_type != _NORMAL:
@@ -230,14 +253,14 @@ def _sentencepiece_bpe(file: GGUFFile, tokens: list[str]) -> Tokenizer:
             if left in vocabulary and right in vocabulary:
                 ranked.append((-score, vocabulary[left], vocabulary[right], (left, right)))
     ranked.sort()
-    unknown = file.metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    unknown = _token_id(file, "unknown_token_id")
     tokenizer = Tokenizer(
         models.BPE(
             vocab=vocabulary,
             merges=[pair for *_, pair in ranked],
             byte_fallback=True,
             fuse_unk=True,
-            unk_token=tokens[unknown],
+            unk_token=tokens[unknown or 0],
         )
     )
     decoding = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]

@@ -52,12 +52,13 @@ def read_vocabulary(checkpoint: Path) -> Vocabulary:
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise CheckpointError(f"{path} is not a byte-level BPE tokenizer, which GGUF export needs")
     added = {entry["id"]: entry for entry in content.get("added_tokens", [])}
-    size = tokenizer.get_vocab_size(with_added_tokens=True)
-    tokens = [token for index in range(size) if (token := tokenizer.id_to_token(index)) is not None]
-    if len(tokens) != size:
-        raise CheckpointError(f"{path} leaves out ids below {size}, which GGUF cannot")
+    names = {index: token for token, index in tokenizer.get_vocab(True).items()}
+    size = max(names, default=-1) + 1
+    tokens = [names.get(index, f"[UNUSED{index}]") for index in range(size)]
     types = [
-        gguf.TokenType.NORMAL
+        gguf.TokenType.UNUSED
+        if index not in names
+        else gguf.TokenType.NORMAL
         if index not in added
         else gguf.TokenType.CONTROL
         if added[index]["special"]

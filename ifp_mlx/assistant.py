@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,8 @@ from ifp_mlx.selection.calibration import Calibration
 from ifp_mlx.selection.selection import Selection
 from ifp_mlx.selection.selectors import NamedSelector, select
 from ifp_mlx.selection.spec import SelectorSpec
-from ifp_mlx.slicing.compact import DEFAULT_CUT, CutOptions
+from ifp_mlx.slicing.compact import DEFAULT_CUT, CutOptions, ModelSize
+from ifp_mlx.slicing.drift import Drift, with_drift
 from ifp_mlx.storage.config_file import read_config
 from ifp_mlx.storage.identity import file_states, fingerprint
 from ifp_mlx.storage.tokenizer import chat_ids, load_tokenizer
@@ -38,6 +40,7 @@ from ifp_mlx.subnets.selectors import (
 )
 from ifp_mlx.subnets.subnetwork import DENSE, SubNetwork
 from ifp_mlx.subnets.task_cache import CacheKey, Reuse, TaskCache, fold_task
+from ifp_mlx.text.task_examples import TaskExample
 from ifp_mlx.units.amounts import Amounts
 from ifp_mlx.units.kinds import UnitKind
 from ifp_mlx.units.model_config import ModelConfig
@@ -50,18 +53,22 @@ if TYPE_CHECKING:  # mlx-lm takes seconds to import: ``load`` does so beside its
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_KEEP_RATIO = 2 / 3
-"""Without an adapter, below two thirds of the units a small model loses too much (README)."""
+DEFAULT_KEEP_RATIO = 0.9
+"""Of FFN units, without an adapter. Two thirds halved what a coder of half a billion parameters got
+right (docs/fidelity.md)."""
 
 DEFAULT_EXPERT_RATIO = 0.75
+DEFAULT_READING_RATIO = 0.5
+"""A part that only reads (docs/reading.md)."""
+
 MANY_EXPERTS = 64
 """Mixtures of this many experts a layer lost little with a quarter of them gone, for the task that
 chose (docs/experts.md); those of fewer lost much."""
 
 PREDICTED_REUSE_OVERLAP = 0.85
-"""Of 768 units, predicted sub-networks of paraphrases have more than this in common, those of
-different tasks less (benchmarks/task_pairs.py, with the shipped adapter). Other selectors tell
-tasks apart too little to reuse by overlap."""
+"""Predicted sub-networks that have more than this in common are worth a word: of short everyday
+descriptions some different tasks have as much (docs/chat.md), so they are shared on request only.
+Other selectors tell tasks apart too little to compare them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +115,7 @@ class Assistant:
     Attributes:
         files: the checkpoint and what belongs to it.
         cache: where selections are kept, None for nowhere.
+        reads_with_part: sub-networks only read, the whole model writes.
     """
 
     def __init__(
@@ -117,16 +125,18 @@ class Assistant:
         open_dense: Callable[[], DenseModel],
         compact_models: CompactModels,
         cache: TaskCache | None = None,
-        reuse_threshold: float | None = None,
+        options: CutOptions = DEFAULT_CUT,
+        reads_with_part: bool = False,
+        reuse_threshold: float = 0.0,
     ):
         self.files = files
+        self.reads_with_part = reads_with_part
+        self._options = options
         self.cache = cache
         self._open_dense = open_dense
         self._compact_models = compact_models
         self._selector: NamedSelector | None = None
         self._whole: nn.Module | None = None
-        if reuse_threshold is None:
-            reuse_threshold = PREDICTED_REUSE_OVERLAP if files.is_adapted else 0.0
         self._reuse_threshold = reuse_threshold
 
     @classmethod
@@ -139,8 +149,9 @@ class Assistant:
         calibration: Path | None = None,
         selector: SelectorSpec | None = None,
         options: CutOptions = DEFAULT_CUT,
+        reads_with_part: bool = False,
         cache: TaskCache | None = None,
-        reuse_threshold: float | None = None,
+        reuse_threshold: float = 0.0,
         preload: bool = True,
     ) -> "Assistant":
         """Open a checkpoint with what belongs to it.
@@ -156,9 +167,11 @@ class Assistant:
             calibration: a file of ``ifp calibrate``.
             selector: None takes the best there is.
             options: how sub-networks are cut.
+            reads_with_part: sub-networks only read prompts; the whole model writes the answers.
+                Adapters are left out: what one changes in the part it does not in the whole.
             cache: where selections by task are kept; None keeps nothing.
             reuse_threshold: share of units in common above which another cached task's
-                sub-network is taken instead; 0 never does, None does for the predictor only.
+                sub-network is taken instead; 0 never does.
             preload: False leaves the dense model alone until something needs it, which a task
                 whose compact model is on disk does not.
 
@@ -172,7 +185,12 @@ class Assistant:
             functools.partial(open_dense_model, path, options, lazy=not preload)
         )
         prior = _find_calibration(path, config, calibration)
+        if reads_with_part and adapter is not None:
+            raise UsageError("what only reads is cut from the model itself; leave out `adapter`")
+        use_adapter = use_adapter and not reads_with_part
         found = _find_adapter(path, config, adapter) if use_adapter else None
+        if reads_with_part and selector is None and prior is not None:
+            selector = SelectorSpec("static")  # selecting must not cost what reading saves
         chosen = choose_selector(selector, SelectorFiles(found, prior))
         begin_importing_transformers()  # while weights are read
         files = ModelFiles(path, config, found, prior, chosen)
@@ -196,6 +214,8 @@ class Assistant:
                 store=store,
             ),
             cache=cache,
+            options=options,
+            reads_with_part=reads_with_part,
             reuse_threshold=reuse_threshold,
         )
         if not is_proven:  # refuse now what cannot be loaded
@@ -254,12 +274,54 @@ class Assistant:
     @property
     def default_num_kept_units(self) -> int:
         """K when the user does not say: what the adapter was trained for, or by the kind."""
+        if self.reads_with_part:
+            return self.amounts.nearest(DEFAULT_READING_RATIO)
         if self.files.adapter is not None and self.files.is_adapted:
             return max(self.files.adapter.keep_units)
         if self.kind.router is None:
             return self.amounts.nearest(DEFAULT_KEEP_RATIO)
         is_large = self.num_units >= MANY_EXPERTS
         return self.amounts.nearest(DEFAULT_EXPERT_RATIO if is_large else 1.0)
+
+    @property
+    def memory_limit(self) -> int | None:
+        """The most memory that the user allows, in bytes; None for what the machine has."""
+        return self._options.memory_bytes
+
+    @property
+    def keeps_whole(self) -> bool:
+        """Whether the whole model is kept in memory beside its sub-networks."""
+        return self._open_dense().is_kept
+
+    @property
+    def reader(self) -> nn.Module:
+        """The base model for reading; where it does not fit, one layer is in memory at a time."""
+        return self._open_dense().reader
+
+    def predict_memory(self, num_kept_units: int) -> memory.MemoryPrediction:
+        """Return the peak memory of a sub-network with a conversation of the usual length."""
+        return self._open_dense().sizes.predict(num_kept_units, self._options.context_tokens)
+
+    def stored_bytes(self, num_kept_units: int) -> int:
+        """Return what a sub-network's weights take on a disk, in the checkpoint's precision."""
+        sizes = memory.checkpoint_sizes(self.files.path, exact_down=self._options.exact_down)
+        return sizes.predict(num_kept_units, 0).weights_bytes
+
+    def most_that_fit(self) -> int:
+        """Return the largest K whose sub-network fits in the memory that may be used.
+
+        Raises:
+            ResourceError: not even the smallest fits.
+        """
+        sizes, options = self._open_dense().sizes, self._options
+        available_bytes = memory.usable_memory_bytes(options.memory_bytes)
+        most = sizes.largest_k_that_fits(options.context_tokens, available_bytes)
+        if most is None:
+            memory.require_memory(
+                sizes, self.amounts.least, options.context_tokens, available_bytes
+            )
+        assert most is not None
+        return most
 
     @property
     def skeleton(self) -> nn.Module:
@@ -279,20 +341,20 @@ class Assistant:
             kind=self.kind,
             num_kept_units=self.num_units,
             num_units=self.num_units,
-            active_parameters=dense.total_parameters,
-            total_parameters=dense.total_parameters,
+            size=dense.size,
+            source=dense.size,
         )
 
     def subnetwork_for_task(
-        self, task: str, num_kept_units: int, examples: Sequence[str] = ()
+        self, task: str, num_kept_units: int, examples: Sequence[TaskExample] = ()
     ) -> SubNetwork:
         """Return the sub-network for a task description, from the cache if it is there. Evaluates.
 
         Args:
             task: the description.
             num_kept_units: K.
-            examples: inputs of the task. With any, it is selected anew from both, and what is
-                cached for the description is replaced.
+            examples: requests of the task, with answers or without. With any, it is selected
+                anew from both, and what is cached for the description is replaced.
 
         Raises:
             UsageError: the description is empty or too long, or the selector reads no examples.
@@ -306,6 +368,11 @@ class Assistant:
             )
         if num_kept_units == self.num_units:
             return dataclasses.replace(self.dense(), task=task)
+        return self._in_use(self._part_for_task(task, num_kept_units, examples))
+
+    def _part_for_task(
+        self, task: str, num_kept_units: int, examples: Sequence[TaskExample]
+    ) -> SubNetwork:
         if self.cache is None:
             selection, selection_s = self._select(task, num_kept_units, examples)
             return self._cut(selection, task=task, selection_s=selection_s)
@@ -317,18 +384,27 @@ class Assistant:
             if not examples and (subnet := self._from_cache(key)) is not None:
                 return subnet
             selection, selection_s = self._select(task, num_kept_units, examples)
-            near = None
-            if self._reuse_threshold and not examples:
-                near = self.cache.find_overlapping(key, selection, self._reuse_threshold)
-            reuse = None
-            if near is not None:
+            reuse, facts = None, {}
+            near = None if examples else self._close_task(key, selection)
+            if near is not None and near[0].overlap >= (self._reuse_threshold or math.inf):
                 reuse, selection = near
+            elif near is not None:
+                facts = {"close_task": near[0]}
             try:
                 name, num_examples = self.files.path.name, len(examples)
                 self.cache.put(key, selection, name, num_examples=num_examples, reuse=reuse)
             except ResourceError as error:
                 logger.warning("the sub-network is not cached: %s", error)
-        return self._cut_cached(key, selection, reuse, selection_s=selection_s)
+        return self._cut_cached(key, selection, reuse, selection_s=selection_s, **facts)
+
+    def _close_task(self, key: CacheKey, selection: Selection) -> tuple[Reuse, Selection] | None:
+        """Return the cached task whose units are closest, if they are close enough to speak of."""
+        threshold = self._reuse_threshold
+        if not threshold and self.files.is_adapted:  # others tell tasks apart too little
+            threshold = PREDICTED_REUSE_OVERLAP
+        if not threshold or self.cache is None:
+            return None
+        return self.cache.find_overlapping(key, selection, threshold)
 
     def subnetwork_for_prompt(self, text: str, num_kept_units: int) -> SubNetwork:
         """Return the sub-network that one prompt selects for itself; nothing is cached on disk.
@@ -342,7 +418,7 @@ class Assistant:
         if num_kept_units == self.num_units:
             return self.dense()
         selection, selection_s = self._select(text, num_kept_units)
-        return self._cut(selection, selection_s=selection_s)
+        return self._in_use(self._cut(selection, selection_s=selection_s))
 
     def subnetwork_of(self, selection: Selection) -> SubNetwork:
         """Return the sub-network of units that were selected elsewhere. Evaluates.
@@ -353,13 +429,15 @@ class Assistant:
         selection.check_shape(self.kind.name, stored_unit_shape(self.files.path))
         return self._cut(selection)
 
-    def select_for(self, text: str, num_kept_units: int, examples: Sequence[str] = ()) -> Selection:
+    def select_for(
+        self, text: str, num_kept_units: int, examples: Sequence[TaskExample] = ()
+    ) -> Selection:
         """Return the units that a text selects, without slicing or caching. Evaluates.
 
         Args:
             text: an instruction, or a task's description.
             num_kept_units: K.
-            examples: inputs of the task.
+            examples: requests of the task.
         """
         return self._select(text, num_kept_units, examples)[0]
 
@@ -378,7 +456,8 @@ class Assistant:
 
     def kv_identity(self, subnet: SubNetwork) -> dict[str, Any]:
         """Return what the keys and values that a sub-network computes depend on."""
-        return {
+        read = {} if subnet.reader is None else {"read_by": self.kv_identity(subnet.reader)}
+        return read | {
             "base": fingerprint(self.files.path),
             "adapter": self.files.adapter_fingerprint,
             "selector": str(subnet.selector),
@@ -387,27 +466,72 @@ class Assistant:
         }
 
     def converse(
-        self, subnet: SubNetwork, kv_options: "KVCacheOptions | None" = None
+        self,
+        subnet: SubNetwork,
+        kv_options: "KVCacheOptions | None" = None,
     ) -> "Conversation":
         """Return a conversation that a sub-network answers."""
         from ifp_mlx.chat.conversation import Conversation
 
+        model, drift = self._answering(subnet)
         return Conversation(
-            subnet.model, self.tokenizer, self.context_length, kv_options=kv_options
+            model, self.tokenizer, self.context_length, kv_options=kv_options, drift=drift
         )
 
+    def switch(self, conversation: "Conversation", subnet: SubNetwork) -> None:
+        """Let another sub-network go on with a conversation."""
+        conversation.switch(*self._answering(subnet))
+
+    def limit_resident_bytes(self, max_resident_bytes: int) -> None:
+        """Set how much memory the units of sub-networks may take; the oldest go."""
+        self._compact_models.limit_resident_bytes(max_resident_bytes)
+
+    def release(self, subnet: SubNetwork) -> None:
+        """Say that a sub-network is about to be replaced.
+
+        Where memory is short, the next one is made of it; ``is_whole`` says whether it was.
+        """
+        if subnet.selection is not None:
+            self._compact_models.release(subnet.selection)
+
+    def is_whole(self, subnet: SubNetwork) -> bool:
+        """Return whether a sub-network that was released can still answer."""
+        return subnet.selection is None or self._compact_models.is_resident(subnet.selection)
+
+    def _answering(self, subnet: SubNetwork) -> tuple[nn.Module, Drift | None]:
+        """Return the model that answers for a sub-network, and what it shows of its drift."""
+        if subnet.reader is not None:
+            from ifp_mlx.chat.reading import ReadsWithPart
+
+            return ReadsWithPart(subnet.model, subnet.reader.model), None
+        if subnet.selection is None or self.kind.router is None:
+            return subnet.model, None
+        return with_drift(subnet.model, subnet.selection, self.skeleton)
+
+    def _in_use(self, part: SubNetwork) -> SubNetwork:
+        """Return what answers: a part itself, or the whole model, for which the part reads."""
+        if not self.reads_with_part or part.selection is None:
+            return part
+        return dataclasses.replace(self.dense(), task=part.task, reader=part)
+
     def _select(
-        self, text: str, num_kept_units: int, examples: Sequence[str] = ()
+        self, text: str, num_kept_units: int, examples: Sequence[TaskExample] = ()
     ) -> tuple[Selection, float]:
         start = time.perf_counter()
         ids = self._instruction_ids(fold_task(text))
-        example_ids = [self._instruction_ids(example) for example in examples]
+        example_ids = [self._instruction_ids(e.prompt, e.answer) for e in examples]
         selection = select(self.selector(), ids, num_kept_units, example_ids)
         return selection, time.perf_counter() - start
 
-    def _instruction_ids(self, text: str) -> list[int]:
-        """Return what every selector reads: the text as the model's user would send it."""
+    def _instruction_ids(self, text: str, answer: str | None = None) -> list[int]:
+        """Return what every selector reads: the text as the model's user would send it.
+
+        Of a known answer as much follows as the context has room for.
+        """
         ids = chat_ids(self.tokenizer, [{"role": "user", "content": text}])
+        if answer:
+            ids += self.tokenizer.encode(answer, add_special_tokens=False)
+            ids = ids[: self.context_length - 1]
         if len(ids) >= self.context_length:
             raise UsageError(
                 f"the instruction has {len(ids)} tokens, the model's context "
@@ -435,8 +559,6 @@ class Assistant:
     def _cut(self, selection: Selection, *, task: str | None = None, **facts: Any) -> SubNetwork:
         # What one prompt selects is unlikely to come again: on disk are tasks only.
         cut = self._compact_models.get(selection, keep_on_disk=task is not None)
-        from mlx_lm.utils import get_total_parameters
-
         return SubNetwork(
             model=cut.model,
             selection=selection,
@@ -448,8 +570,8 @@ class Assistant:
             slicing_s=cut.seconds,
             weights_from_disk=cut.is_stored,
             requantization_error=cut.requantization_error,
-            active_parameters=get_total_parameters(cut.model),
-            total_parameters=cut.total_parameters,
+            size=ModelSize.of(cut.model),
+            source=cut.source,
             **facts,
         )
 

@@ -69,7 +69,7 @@ def test_keeping_every_unit_is_the_dense_model(calibrated: Path, cache: TaskCach
     assistant = Assistant.load(calibrated, cache=cache)
     subnet = assistant.subnetwork_for_task(TASK, 192)
     assert subnet.model is assistant.dense().model
-    assert subnet.active_parameters == subnet.total_parameters
+    assert subnet.size == subnet.source
     assert cache.entries() == []
 
 
@@ -188,3 +188,29 @@ def test_conversation_answers_with_the_sub_network(calibrated: Path) -> None:
     assert "".join(conversation.reply(messages, SamplingOptions(max_new_tokens=5)))
     assert conversation.stats is not None
     assert conversation.stats.generated_tokens == 5
+
+
+def test_a_part_reads_and_the_whole_writes(tiny_checkpoint: CheckpointFactory) -> None:
+    assistant = Assistant.load(tiny_checkpoint(), reads_with_part=True)
+    subnet = assistant.subnetwork_for_task(TASK, 64)
+    assert subnet.selection is None
+    assert subnet.reader is not None
+    assert subnet.reader.num_kept_units == 64
+    whole = assistant.dense()
+    assert assistant.kv_identity(subnet) != assistant.kv_identity(whole)
+    other = assistant.subnetwork_for_task(TASK, 128)
+    assert assistant.kv_identity(subnet) != assistant.kv_identity(other)
+    messages = [{"role": "user", "content": "hello there, how are you today?" * 4}]
+    answer = "".join(assistant.converse(subnet).reply(messages))
+    assert answer
+    full = assistant.subnetwork_for_task(TASK, assistant.num_units)
+    assert full.reader is None
+    expected = "".join(assistant.converse(whole).reply(messages))
+    assert "".join(assistant.converse(full).reply(messages)) == expected
+
+
+def test_a_part_that_only_reads_takes_no_adapter(
+    tiny_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="leave out `adapter`"):
+        Assistant.load(tiny_checkpoint(), adapter=tmp_path, reads_with_part=True)

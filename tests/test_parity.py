@@ -39,6 +39,36 @@ LLAMA3_ROPE = {
         "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
     }
 }  # fmt: skip
+_SCALED = {"rope_theta": 500.0, "factor": 4.0}
+_YARN = {**_SCALED, "rope_type": "yarn", "original_max_position_embeddings": 32}
+# Longer texts than the original length, so that the long factors count.
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 500.0,
+    "original_max_position_embeddings": 32,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [1.0, 1.5, 2.0, 4.0],
+}
+ROPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("llama", {"rope_parameters": {**_SCALED, "rope_type": "linear"}}),
+    "linear, qwen2": ("qwen2", {"rope_parameters": {**_SCALED, "rope_type": "linear"}}),
+    "dynamic": (
+        "llama",
+        {
+            "max_position_embeddings": 16,
+            "rope_parameters": {**_SCALED, "rope_type": "dynamic"},
+        },
+    ),
+    "yarn": ("llama", {"rope_parameters": _YARN}),
+    "yarn with betas": (
+        "qwen3",
+        {"head_dim": 16, "rope_parameters": {**_YARN, "beta_fast": 16.0, "beta_slow": 2.0}},
+    ),
+    "longrope": (
+        "phi3",
+        {"original_max_position_embeddings": 32, "rope_parameters": _LONGROPE},
+    ),
+}  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {"tie_word_embeddings": True, **ROPE}),
     "llama untied, biases": (
@@ -145,7 +175,9 @@ def assert_same_logits(model: Any, original: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "changes"), (MODELS | MIXTURES).values(), ids=[*MODELS, *MIXTURES]
+    ("family", "changes"),
+    (MODELS | ROPES | MIXTURES).values(),
+    ids=[*MODELS, *ROPES, *MIXTURES],
 )
 def test_converted_logits_equal_transformers(
     tmp_path: Path,

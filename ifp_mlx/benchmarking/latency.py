@@ -14,16 +14,21 @@ from mlx_lm.utils import get_total_parameters
 from ifp_mlx.benchmarking.shapes import is_mixture, random_ids
 from ifp_mlx.benchmarking.stages import cut, decode, first_token, read_prompt
 from ifp_mlx.benchmarking.timing import Repeats, Timing, Work, measure, measure_in_turns, settle
+from ifp_mlx.chat.reading import ReadsWithPart
 from ifp_mlx.selection.predictor import SparsityPredictor
 from ifp_mlx.selection.selectors import NamedSelector, PredictorSelector, select
 from ifp_mlx.selection.spec import SelectorSpec
-from ifp_mlx.units.modules import leaf_modules, stored_bytes
+from ifp_mlx.units.modules import leaf_modules, stored_bytes, unit_arrays
 
 DENSE = "dense source"
 SMALL = "dense of the compact shape"
 PER_INPUT = "ours, per input"
 PER_TASK = "ours, per task, resident"
 PER_TASK_SLICED = "ours, per task, cached indices"
+READ = "dense source, prompt read by ours"
+
+_DECODED_AS = {PER_INPUT: PER_TASK, PER_TASK_SLICED: PER_TASK, READ: DENSE}
+"""Rows that decode with the model of another."""
 
 _SELECTION, _LOADING = "selection", "loading"
 _WARMUP_TOKENS = 4
@@ -203,6 +208,11 @@ def _contenders(
             stored_bytes(dense),
             (_LOADING,),
         ),
+        READ: _Contender(
+            dense,
+            lambda: first_token(ReadsWithPart(dense, compact), prompt_ids),
+            stored_bytes(dense) + sum(array.nbytes for array in unit_arrays(compact).values()),
+        ),
     }
     stages: dict[str, Work] = {
         _SELECTION: lambda: select(selector, prompt_ids, num_kept_units).pick.indices,
@@ -264,7 +274,7 @@ def _add_decoding(
             _decoding(contenders[name].model, prompt_ids, warmup)()
     timings = measure_in_turns(works, Repeats(repeats, warmups=0))
     for name, row in rows.items():
-        decode_s = timings[name if name in timings else PER_TASK]
+        decode_s = timings[_DECODED_AS.get(name, name)]
         row.decode = decode_s
         row.tokens_per_s = workload.num_samples * workload.new_tokens / decode_s.median_s
         model = contenders[name].model

@@ -1,7 +1,8 @@
 """A conversation with one sub-network: it answers, and remembers what it has read."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import mlx.nn as nn
 
@@ -18,6 +19,16 @@ Message = Mapping[str, str]
 """``{"role": "system" | "user" | "assistant", "content": text}``, as chat templates take it."""
 
 
+class MissingShare(Protocol):
+    """What a sub-network of a mixture shows of the experts that it lacks (``slicing.drift``)."""
+
+    def reset(self) -> None:
+        """Forget what was seen."""
+
+    def share(self) -> float | None:
+        """Return the share of gate weight that went to missing experts."""
+
+
 class Conversation:
     """Answers messages with a sub-network; what was said is the caller's to keep.
 
@@ -29,6 +40,7 @@ class Conversation:
         context_length: the most positions that the model was made for.
         kv_options: how keys and values are kept.
         kv_cache: one that holds something already, such as one read from a file.
+        drift: what ``model`` shows of the experts that it lacks.
 
     Attributes:
         stats: measurements of the last reply, None before the first.
@@ -43,9 +55,11 @@ class Conversation:
         *,
         kv_options: KVCacheOptions | None = None,
         kv_cache: KVCache | None = None,
+        drift: MissingShare | None = None,
     ):
         self.stats: GenerationStats | None = None
         self._model = model
+        self._drift = drift
         self._tokenizer = tokenizer
         self._context_length = context_length
         self._kv_options = kv_options or KVCacheOptions()
@@ -69,6 +83,11 @@ class Conversation:
             raise UsageError("the prompt is empty; say what you want")
         yield from self._stream(chat_ids(self._tokenizer, messages), sampling)
 
+    @property
+    def model(self) -> nn.Module:
+        """What answers."""
+        return self._model
+
     def complete(self, text: str, sampling: SamplingOptions | None = None) -> Iterator[str]:
         """Stream the continuation of raw text, without a chat template. Evaluates.
 
@@ -83,9 +102,10 @@ class Conversation:
         """Return how much of the context some messages take."""
         return len(chat_ids(self._tokenizer, messages)) if messages else 0
 
-    def switch(self, model: nn.Module) -> None:
+    def switch(self, model: nn.Module, drift: MissingShare | None = None) -> None:
         """Go on with another sub-network of the same dense model, and with what was read so far."""
         self._model = model
+        self._drift = drift
 
     def _stream(self, ids: list[int], sampling: SamplingOptions | None) -> Iterator[str]:
         sampling = sampling or SamplingOptions()
@@ -109,7 +129,11 @@ class Conversation:
             self._kv_options,
             max_new_tokens,
         )
+        if self._drift is not None:
+            self._drift.reset()
         try:
             yield from answer
         finally:
             self.stats = answer.stats
+            if self._drift is not None and self.stats is not None:
+                self.stats = dataclasses.replace(self.stats, missing_share=self._drift.share())

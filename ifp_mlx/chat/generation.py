@@ -32,6 +32,8 @@ class GenerationStats:
         time_to_first_token_s: from the call to the first token.
         peak_memory_bytes: highest use of mlx's allocator so far.
         finish_reason: ``stop``, ``length`` or ``interrupted``.
+        missing_share: of a mixture's sub-network, the share of gate weight that the whole model
+            would have given to experts that are not there; None where nothing is missing.
     """
 
     prompt_tokens: int
@@ -42,6 +44,7 @@ class GenerationStats:
     time_to_first_token_s: float
     peak_memory_bytes: int
     finish_reason: str
+    missing_share: float | None = None
 
 
 class Answer:
@@ -128,12 +131,29 @@ class Answer:
                 min_p=sampling.min_p,
                 top_k=sampling.top_k,
             ),
-            logits_processors=_logits_processors(sampling, self._prompt_ids[:num_cached]),
+            logits_processors=[
+                *_logits_processors(sampling, self._prompt_ids[:num_cached]),
+                *self._grammar_processors(),
+            ],
             prompt_cache=self._kv_cache.layers,
             kv_bits=kv_options.kv_bits,
             kv_group_size=kv_options.kv_group_size,
             quantized_kv_start=kv_options.quantized_kv_start,
         )
+
+    def _grammar_processors(self) -> list[LogitsProcessor]:
+        """Return what makes the answer fit the schema; what a model thinks before it is free."""
+        if self._sampling.schema is None:
+            return []
+        from ifp_mlx.chat.grammar import Grammars
+
+        tokenizer, begins_after = self._tokenizer, ()
+        if tokenizer.has_thinking:
+            opened = tokenizer.rfind_think_start(self._prompt_ids)
+            if opened > tokenizer.rfind_think_end(self._prompt_ids):
+                begins_after = tokenizer.think_end_tokens
+        grammar = Grammars(tokenizer).for_schema(self._sampling.schema)
+        return [grammar.processor(self._max_new_tokens, begins_after)]
 
 
 def _logits_processors(

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from ifp_mlx.errors import UsageError
 
@@ -21,6 +23,7 @@ class SamplingOptions:
         min_p: smallest share of the top token's probability; 0 turns it off.
         repetition_penalty: above 1 makes the latest tokens less likely; None turns it off.
         seed: makes drawing repeatable; None draws anew each time.
+        schema: a JSON schema that the reply must fit; None for any text.
     """
 
     max_new_tokens: int = 512
@@ -30,6 +33,7 @@ class SamplingOptions:
     min_p: float = 0.0
     repetition_penalty: float | None = None
     seed: int | None = None
+    schema: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

@@ -180,7 +180,9 @@ class Session:
                 raise OSError(0, "the disk is full")
             os.fsync(self._descriptor)
         except OSError as error:
-            raise SessionError(f"cannot write {self.path}: {error.strerror}") from error
+            raise SessionError(
+                f"cannot write {self.path}: {error.strerror}; `no_save` chats without a record"
+            ) from error
 
     def _open(self) -> None:
         try:
@@ -188,7 +190,9 @@ class Session:
             flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
             descriptor = os.open(self.path, flags, 0o600)
         except OSError as error:
-            raise SessionError(f"cannot write {self.path}: {error.strerror}") from error
+            raise SessionError(
+                f"cannot write {self.path}: {error.strerror}; `no_save` chats without a record"
+            ) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -19,7 +19,7 @@ from ifp_mlx.errors import DataError
 from ifp_mlx.evaluation.quality import MAX_PROMPT_TOKENS, HeldOutExample
 from ifp_mlx.storage.tokenizer import ChatTokenizer, chat_ids
 from ifp_mlx.text.examples import domain_of
-from ifp_mlx.text.records import BadLines, is_usable_text, read_records
+from ifp_mlx.text.records import BadLines, is_usable_text, question_of, read_records
 
 _NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\w])|-?\.\d+")
 _ENDING = re.compile(r"(?:####\s*)?\$?(-?[\d,]*\.?\d+)\s*[%.]?\s*$")
@@ -55,16 +55,20 @@ def load_problems(path: Path, tokenizer: ChatTokenizer, limit: int) -> list[Prob
             response does not end in a number are passed over.
     """
     problems: list[Problem] = []
-    for record in read_records(path, _check, BadLines()):
+    bad = BadLines()
+    for record in read_records(path, _check, bad):
         answer = _answer_of(record)
         if answer is None:
+            bad.counts["no number at the end"] += 1
             continue
-        ids = tuple(chat_ids(tokenizer, [{"role": "user", "content": record["prompt"]}]))
+        ids = tuple(chat_ids(tokenizer, question_of(record)))
         if len(ids) > MAX_PROMPT_TOKENS:
+            bad.counts["prompt too long"] += 1
             continue
         problems.append(Problem(HeldOutExample(ids, len(ids), domain_of(path)), answer))
         if len(problems) == limit:
             break
+    bad.warn(path)
     if not problems:
         raise DataError(f"{path} holds no problem with a numeric answer that fits")
     return problems

@@ -19,7 +19,7 @@ from ifp_mlx.evaluation.controls import UnitMasks
 from ifp_mlx.evaluation.quality import MAX_PROMPT_TOKENS, HeldOutExample, evaluate
 from ifp_mlx.storage.tokenizer import ChatTokenizer, chat_ids
 from ifp_mlx.text.examples import domain_of
-from ifp_mlx.text.records import BadLines, is_usable_text, read_records
+from ifp_mlx.text.records import BadLines, is_usable_text, question_of, read_records
 
 _OPTION = re.compile(r"(?:(?<=\s)|^)(?:\(([A-Z])\)|(?:- )?([A-Z]):)\s", re.MULTILINE)
 _LETTER = re.compile(r"\(?([A-Z])\)?")
@@ -65,13 +65,16 @@ def load_questions(path: Path, tokenizer: ChatTokenizer, limit: int) -> list[Que
             prompt and a response that offer no choice are passed over.
     """
     questions: list[Question] = []
-    for record in read_records(path, _check, BadLines()):
+    bad = BadLines()
+    for record in read_records(path, _check, bad):
         parsed = _choices_of(record)
         if parsed is None:
+            bad.counts["no choice"] += 1
             continue
         choices, answer = parsed
-        prompt_ids = chat_ids(tokenizer, [{"role": "user", "content": record["prompt"]}])
+        prompt_ids = chat_ids(tokenizer, question_of(record))
         if len(prompt_ids) > MAX_PROMPT_TOKENS:
+            bad.counts["prompt too long"] += 1
             continue
         questions.append(
             Question(
@@ -82,6 +85,7 @@ def load_questions(path: Path, tokenizer: ChatTokenizer, limit: int) -> list[Que
         )
         if len(questions) == limit:
             break
+    bad.warn(path)
     if not questions:
         raise DataError(f"{path} holds no multiple-choice question that fits")
     return questions

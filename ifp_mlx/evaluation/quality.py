@@ -18,6 +18,7 @@ from ifp_mlx.text.records import (
     BadLines,
     check_document,
     check_prompt_response,
+    question_of,
     read_records,
 )
 from ifp_mlx.training.losses import output_logits
@@ -117,20 +118,23 @@ def _read_domain(path: Path, tokenizer: ChatTokenizer, limit: int) -> list[HeldO
     examples: list[HeldOutExample] = []
     is_document = domain.startswith(DOCUMENT_PREFIX)
     check = check_document if is_document else check_prompt_response
-    for record in read_records(path, check, BadLines(skip=True)):
+    bad = BadLines(skip=True)
+    for record in read_records(path, check, bad):
         if is_document:
             ids = tokenizer.encode(record["text"], add_special_tokens=False)
             prompt_tokens = DOCUMENT_PROMPT_TOKENS
         else:
-            prompt = chat_ids(tokenizer, [{"role": "user", "content": record["prompt"]}])
+            prompt = chat_ids(tokenizer, question_of(record))
             prompt_tokens = len(prompt)
             ids = prompt + tokenizer.encode(record["response"], add_special_tokens=False)
         ids = ids[: prompt_tokens + MAX_SCORED_TOKENS]
         if prompt_tokens > MAX_PROMPT_TOKENS or len(ids) <= prompt_tokens:
+            bad.counts["outside the limits of the evaluation"] += 1
             continue
         examples.append(HeldOutExample(tuple(ids), prompt_tokens, domain))
         if len(examples) == limit:
             break
+    bad.warn(path)
     if not examples:
         raise DataError(f"{path} holds no example that fits the limits of the evaluation")
     return examples

@@ -7,6 +7,7 @@ from typing import Literal
 
 from ifp_mlx.errors import UsageError
 from ifp_mlx.server.api_error import APIError
+from ifp_mlx.server.messages import system_text
 from ifp_mlx.server.requests import GenerationRequest
 
 DENSE_NAME = "dense"
@@ -18,29 +19,41 @@ class SubnetRequest:
     """Which sub-network answers a request.
 
     Attributes:
-        kind: ``task`` selects for a description and caches it, ``prompt`` for one text, ``dense``
-            keeps every unit.
-        text: the description or the text; empty for the dense model.
+        kind: ``task`` selects for a description and caches it, ``dense`` keeps every unit.
+        text: the description; empty for the dense model.
+        keep: the share of units that a task keeps; None for what the server was started with.
     """
 
-    kind: Literal["task", "prompt", "dense"]
+    kind: Literal["task", "dense"]
     text: str = ""
+    keep: float | None = None
 
 
 class ModelCatalog:
     """What may stand in a request's ``model`` field.
 
     Args:
-        base_name: the name of the model; it selects for each conversation's first message.
+        base_name: the name of the model.
         tasks: name -> description; each is served as ``base_name:name``.
+        default_task: the name of the task that ``base_name`` alone answers with; None for the
+            whole model.
+        task_from_system: the system message of a request for ``base_name`` is its task.
 
     Raises:
         UsageError: a task's name or description cannot be used.
     """
 
-    def __init__(self, base_name: str, tasks: Mapping[str, str]):
+    def __init__(
+        self,
+        base_name: str,
+        tasks: Mapping[str, str],
+        *,
+        default_task: str | None = None,
+        task_from_system: bool = False,
+    ):
         self.base_name = base_name
         self.tasks = dict(tasks)
+        self._task_from_system = task_from_system
         for name, description in tasks.items():
             if not _TASK_NAME.fullmatch(name) or name == DENSE_NAME:
                 raise UsageError(
@@ -49,6 +62,11 @@ class ModelCatalog:
                 )
             if not description.strip():
                 raise UsageError(f"task {name!r} has no description; write {name}=WHAT IT IS FOR")
+        if default_task is not None and default_task not in tasks:
+            raise UsageError(f"there is no task {default_task!r} to answer with by default")
+        self._default = SubnetRequest("dense")
+        if default_task is not None:
+            self._default = SubnetRequest("task", self.tasks[default_task])
 
     @property
     def names(self) -> list[str]:
@@ -59,20 +77,34 @@ class ModelCatalog:
         """Return the sub-network that a request asks for.
 
         Raises:
-            APIError: 404 for an unknown name, 400 for a name that has a task besides ``task``.
+            APIError: 404 for an unknown name, 400 for a name that has a task besides ``task``, or
+                for ``keep`` where the whole model answers.
         """
-        if request.model not in self.names:
+        choice = self._choose(request)
+        if request.keep is None:
+            return choice
+        if choice.kind == "dense":
+            raise APIError(
+                400,
+                "keep needs a task: the whole model answers here, with every unit",
+                param="keep",
+            )
+        return dataclasses.replace(choice, keep=request.keep)
+
+    def _choose(self, request: GenerationRequest) -> SubnetRequest:
+        name = request.model or self.base_name
+        if name not in self.names:
             raise APIError(
                 404,
-                f"no model {request.model!r} here; there are: {', '.join(self.names)}",
+                f"no model {name!r} here; there are: {', '.join(self.names)}",
                 param="model",
                 code="model_not_found",
             )
-        suffix = request.model[len(self.base_name) + 1 :]
+        suffix = name[len(self.base_name) + 1 :]
         if request.task is not None and suffix:
             raise APIError(
                 400,
-                f"{request.model!r} has its sub-network already; leave out task, or ask for "
+                f"{name!r} has its sub-network already; leave out task, or ask for "
                 f"{self.base_name!r}",
                 param="task",
             )
@@ -82,4 +114,6 @@ class ModelCatalog:
             return SubnetRequest("dense")
         if suffix:
             return SubnetRequest("task", self.tasks[suffix])
-        return SubnetRequest("prompt", request.first_user_text)
+        if self._task_from_system and (task := system_text(request.messages or ())):
+            return SubnetRequest("task", task)
+        return self._default

@@ -1,187 +1,38 @@
-"""mlx-lm's generation thread, made to serve sub-networks."""
+"""From requests to replies: the prompt is read here, the rest is the generation thread's."""
 
-import collections
-import concurrent.futures
 import dataclasses
-import hashlib
-import queue
+import threading
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
-from jinja2 import TemplateError
-from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
-from mlx_lm.server import (
-    CompletionRequest,
-    GenerationArguments,
-    LogitsProcessorArguments,
-    ModelDescription,
-    ResponseGenerator,
-    SamplingArguments,
-)
+from mlx_lm.generate import TextStateMachine, make_text_state_machine
+from mlx_lm.server import CompletionRequest
 
-from ifp_mlx.assistant import Assistant
-from ifp_mlx.chat.sampling import PENALTY_CONTEXT_SIZE
+from ifp_mlx.chat.grammar import Grammar, Grammars
+from ifp_mlx.errors import CheckpointError, UsageError
 from ifp_mlx.server.api_error import APIError
 from ifp_mlx.server.catalog import SubnetRequest
-from ifp_mlx.server.replies import Reply
-from ifp_mlx.server.requests import GenerationRequest, Sampling
-from ifp_mlx.subnets.subnetwork import SubNetwork
-
-Prepare = Callable[[], tuple[Assistant, int]]
-"""Returns the assistant and how many units of each layer it keeps."""
-
-MAX_KV_CACHES = 32
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineOptions:
-    """What mlx-lm's ``ResponseGenerator`` reads from its command line, under the same names.
-
-    Attributes:
-        decode_concurrency: answers of one sub-network that are made together; 1 makes every answer
-            alone.
-        prompt_concurrency: prompts that are prefilled together.
-        prefill_step_size: tokens of a prompt at a time.
-        prompt_cache_bytes: for KV caches of earlier requests, which later ones go on from.
-        kv_bits: None keeps keys and values as they are; quantizing them would turn batching off.
-        kv_group_size: of no effect without ``kv_bits``.
-        quantized_kv_start: of no effect without ``kv_bits``.
-        chat_template_args: passed to the chat template.
-    """
-
-    decode_concurrency: int = 8
-    prompt_concurrency: int = 8
-    prefill_step_size: int = 512
-    prompt_cache_bytes: int = 10**9
-    kv_bits: int | None = None
-    kv_group_size: int = 64
-    quantized_kv_start: int = 0
-    chat_template_args: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-class SubNetworkProvider:
-    """Stands where mlx-lm's server has its ``ModelProvider``: what it loads are sub-networks.
-
-    Only the generation thread calls its methods. It also makes the assistant there: an array that
-    another thread's stream has yet to compute cannot be computed here.
-
-    Args:
-        prepare: returns the assistant and K.
-        options: batching and memory.
-
-    Attributes:
-        assistant: done when ``prepare`` is; holds its exception if it failed.
-        subnet: the sub-network in use.
-        model_key: of the KV caches: those of one set of units fit no other.
-    """
-
-    def __init__(self, prepare: Prepare, options: EngineOptions):
-        self.cli_args = options
-        self.assistant: concurrent.futures.Future[Assistant] = concurrent.futures.Future()
-        self.subnet: SubNetwork | None = None
-        self.model: Any = None
-        self.model_key: bytes | None = None
-        self.tokenizer: Any = None
-        self.processor = None  # no images
-        self.draft_model = None
-        self.is_batchable = False
-        self._prepare = prepare
-        self._num_kept_units = 0
-
-    def load_default(self) -> None:
-        """Make the assistant; called once, when the generation thread begins."""
-        try:
-            assistant, self._num_kept_units = self._prepare()
-            self.tokenizer = assistant.tokenizer
-            # mlx-lm asks before it loads a model. Sub-networks of one are of one kind, which is
-            # known without the weights: of a model that does not fit they must not be loaded.
-            self.is_batchable = self.cli_args.decode_concurrency > 1 and all(
-                hasattr(layer, "merge") for layer in make_prompt_cache(assistant.skeleton)
-            )
-        except BaseException as error:  # who waits for the assistant must learn of it
-            self.assistant.set_exception(error)
-        else:
-            self.assistant.set_result(assistant)
-
-    def load(self, choice: SubnetRequest, adapter: str, draft: str) -> tuple[Any, Any]:
-        """Make a sub-network the one in use; return its model and the tokenizer.
-
-        Raises:
-            IFPError: it cannot be selected or cut.
-        """
-        assistant = self.assistant.result()
-        if choice.kind == "dense":
-            subnet = assistant.dense()
-        elif choice.kind == "task":
-            subnet = assistant.subnetwork_for_task(choice.text, self._num_kept_units)
-        else:
-            subnet = assistant.subnetwork_for_prompt(choice.text, self._num_kept_units)
-        units = "dense" if subnet.selection is None else subnet.selection.digest
-        self.subnet = subnet
-        self.model = subnet.model
-        self.model_key = hashlib.sha256(units.encode()).digest()
-        return self.model, self.tokenizer
-
-    def reset(self) -> None:
-        """Let go of the model."""
-        self.subnet = self.model = self.model_key = None
-
-
-class _KVCaches(LRUPromptCache):
-    """KV caches of earlier requests, with two faults of mlx-lm's (0.32.2) mended."""
-
-    def insert_cache(
-        self, model: Any, tokens: list[int], prompt_cache: list[Any], **kind: Any
-    ) -> None:
-        """Keep a KV cache. Evaluates.
-
-        It comes as slices, yet to be taken, of what a whole batch had, and would hold all of that
-        in memory.
-        """
-        mx.eval([layer_cache.state for layer_cache in prompt_cache])
-        super().insert_cache(model, tokens, prompt_cache, **kind)
-
-    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
-        """Return the KV cache that goes furthest, and the rest of the tokens: at least one.
-
-        When a prompt is exactly what an earlier request ended with, mlx-lm leaves nothing to
-        compute logits from, and its generation thread dies of that.
-        """
-        cache, rest = super().fetch_nearest_cache(model, tokens)
-        if rest:
-            return cache, rest
-        cache, rest = super().fetch_nearest_cache(model, tokens[:-1])
-        return cache, [*rest, *tokens[-1:]]
-
-
-class _RequestQueue(queue.Queue[Any]):
-    """Requests in the order that they came, but those for one sub-network together.
-
-    mlx-lm ends a batch when a request for another model is next; without this, two tasks that take
-    turns would never share a batch. Nobody starves: a batch takes in what waits at that moment and
-    is ended by the first request for another sub-network.
-    """
-
-    _model: ModelDescription | None = None
-
-    def _get(self) -> Any:
-        waiting: collections.deque[Any] = self.queue
-        same = (i for i, (_, _, args) in enumerate(waiting) if args.model == self._model)
-        position = next(same, 0)
-        request = waiting[position]
-        del waiting[position]
-        self._model = request[2].model
-        return request
+from ifp_mlx.server.generator import Generator, TokenizedPrompt, make_arguments
+from ifp_mlx.server.kv_caches import MAX_KV_CACHES, KVCacheFolder, KVCaches
+from ifp_mlx.server.replies import Answers, ChatReader, RawReader, Reader, Reply
+from ifp_mlx.server.requests import GenerationRequest
+from ifp_mlx.server.subnet_provider import EngineOptions, Prepare, SubNetworkProvider
+from ifp_mlx.server.tools import ToolFormat
+from ifp_mlx.storage.tokenizer import accepted_messages
 
 
 class Engine:
     """Turns requests into replies, on one thread.
 
     Args:
-        prepare: called on that thread; returns the assistant and K.
+        prepare: called on that thread; returns the assistant, and K for a task.
         options: batching and memory.
+
+    Attributes:
+        context_length: the most positions that the model was made for.
 
     Raises:
         IFPError: whatever ``prepare`` raises.
@@ -190,44 +41,97 @@ class Engine:
     def __init__(self, prepare: Prepare, options: EngineOptions):
         self._provider = SubNetworkProvider(prepare, options)
         self._replies: weakref.WeakSet[Reply] = weakref.WeakSet()
-        caches = _KVCaches(MAX_KV_CACHES, options.prompt_cache_bytes)
-        # It reads attributes and calls load: anything that has those will do.
-        self._generator = ResponseGenerator(self._provider, caches)  # type: ignore[arg-type]
-        self._generator.requests = _RequestQueue()
+        self._reading = threading.Lock()  # tokenizers are not made for several threads
+        folder = None
+        if options.prompt_cache_folder is not None:
+            folder = KVCacheFolder(options.prompt_cache_folder, options.prompt_cache_bytes)
+        caches = KVCaches(MAX_KV_CACHES, options.prompt_cache_bytes, folder)
+        self._generator = Generator(self._provider, caches)
         try:
-            assistant = self._provider.assistant.result()
+            assistant = self._provider.first_assistant.result()
         except BaseException:
             self.stop()
             raise
         self.context_length = assistant.context_length
         self._tokenizer = assistant.tokenizer
+        self._tool_format = ToolFormat.of(self._tokenizer)
+        self._grammars = Grammars(self._tokenizer)
+        self._machines = {tools: self._text_machine(tools) for tools in (False, True)}
 
     @property
     def is_healthy(self) -> bool:
         """Whether the generation thread lives."""
         return bool(self._generator.is_healthy)
 
-    def start(self, request: GenerationRequest, choice: SubnetRequest) -> Reply:
-        """Hand a request to the generation thread; the reply fills while that works.
+    def start(self, request: GenerationRequest, choice: SubnetRequest) -> Answers:
+        """Hand a request to the generation thread; the answers fill while that works.
 
         Raises:
             APIError: 400, the prompt does not fit the context or the chat template.
         """
-        num_prompt_tokens = self._count_prompt_tokens(request)
-        room = self.context_length - num_prompt_tokens
-        if room < 1:
-            raise APIError(
-                400,
-                f"the prompt has {num_prompt_tokens} tokens, the model's context "
-                f"{self.context_length}; shorten it",
-                param="prompt" if request.messages is None else "messages",
-                code="context_length_exceeded",
+        if any(token >= len(self._tokenizer) for token in request.sampling.logit_bias):
+            message = f"logit_bias names a token that is not among the {len(self._tokenizer)} here"
+            raise APIError(400, message, param="logit_bias")
+        prompts = [self._read(completion, request) for completion in self._completions(request)]
+        rooms = [self._room(len(tokenized[0]), request) for tokenized in prompts]
+        grammar = self._grammar(request)
+        replies, orders = [], []
+        for index in range(len(prompts) * request.num_answers):
+            prompt_index = index // request.num_answers
+            tokenized, max_tokens = prompts[prompt_index], rooms[prompt_index]
+            if request.max_tokens is not None:
+                max_tokens = min(request.max_tokens, max_tokens)
+            processor = None
+            if grammar is not None:  # what a model thinks before it answers is free
+                thinks = tokenized[3] == "reasoning"
+                begins_after = self._tokenizer.think_end_tokens if thinks else ()
+                processor = grammar.processor(max_tokens, begins_after)
+            reply = Reply(
+                self._reader(request),
+                request.stop,
+                self._fingerprint,
+                offer=request.tools,
+                tool_format=self._tool_format,
+                processor=processor,
+                reads_bare_calls=(
+                    request.tools is not None
+                    and request.schema is None
+                    and self._tool_format.is_json
+                ),
+                index=index,
+                prompt_index=prompt_index,
             )
-        reply = Reply(request.stop, self._fingerprint)
-        self._replies.add(reply)
-        arguments = _generation_arguments(choice, request.sampling, min(request.max_tokens, room))
-        self._generator.requests.put((reply, self._completion_request(request), arguments))
-        return reply
+            arguments = make_arguments(
+                choice,
+                request.sampling,
+                max_tokens,
+                tokenized=tokenized,
+                processors=() if processor is None else (processor,),
+                top_logprobs=request.num_alternatives or 0,
+            )
+            if arguments.seed is not None:  # answers to one prompt must differ
+                arguments.seed = (arguments.seed + index) % 2**64
+            replies.append(reply)
+            orders.append((reply, CompletionRequest("text", "", [], None, None), arguments))
+        answers = Answers(replies)
+        for order in orders:
+            self._replies.add(order[0])
+            self._generator.requests.put(order)
+        return answers
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes of a token's text."""
+        return self._grammars.token_bytes(token)
+
+    def gauges(self) -> dict[str, tuple[str, Callable[[], float]]]:
+        """Return what can be measured now: name -> what it is, and what returns its value."""
+        kv_caches = self._generator.prompt_cache
+        return {
+            "memory_bytes": ("Memory that mlx uses.", mx.get_active_memory),
+            "memory_peak_bytes": ("Most memory that mlx used.", mx.get_peak_memory),
+            "kv_cache_bytes": ("KV caches of earlier requests.", lambda: kv_caches.nbytes),
+            "model_loaded": ("1 while the model is in memory.", lambda: self._provider.is_loaded),
+        }
 
     def stop(self) -> None:
         """End the generation thread and wait for that; replies in the making are cut off."""
@@ -239,59 +143,93 @@ class Engine:
         """Name the sub-network in use; called on the generation thread."""
         return f"ifp_{(self._provider.model_key or b'').hex()[:12]}"
 
-    def _completion_request(self, request: GenerationRequest) -> CompletionRequest:
-        if request.messages is None:
-            return CompletionRequest("text", request.prompt or "", [], None, None)
-        if self._tokenizer.chat_template is None:  # as Conversation does without a template
-            text = "\n\n".join(message["content"] for message in request.messages)
-            return CompletionRequest("text", text, [], None, None)
-        messages = [dict(message) for message in request.messages]
-        return CompletionRequest("chat", "", messages, None, None)
+    def _grammar(self, request: GenerationRequest) -> Grammar | None:
+        """Return what an answer must look like, if that matters.
 
-    def _count_prompt_tokens(self, request: GenerationRequest) -> int:
-        completion = self._completion_request(request)
-        if completion.request_type == "text":
-            return len(self._tokenizer.encode(completion.prompt))
+        Raises:
+            APIError: 400, a schema cannot be enforced.
+        """
         try:
-            return len(
-                self._tokenizer.apply_chat_template(
-                    completion.messages, add_generation_prompt=True, return_dict=False
-                )
+            if request.tools is not None:
+                calls = self._tool_format.calls(request.tools)
+                return self._grammars.for_calls(calls, request.schema)
+            if request.schema is not None:
+                return self._grammars.for_schema(request.schema)
+        except UsageError as error:
+            name = "response_format" if request.tools is None else "tools"
+            raise APIError(400, str(error), param=name) from error
+        return None
+
+    def _reader(self, request: GenerationRequest) -> Reader:
+        if request.messages is None:
+            return RawReader(self._tokenizer.detokenizer)
+        return ChatReader(self._machines[request.tools is not None])
+
+    def _text_machine(self, has_tools: bool) -> TextStateMachine:
+        tokenizer = self._tokenizer
+        machine: TextStateMachine = make_text_state_machine(
+            SimpleNamespace(
+                has_thinking=tokenizer.has_thinking,
+                think_start=tokenizer.think_start,
+                think_end=tokenizer.think_end,
+                structural_markers=tokenizer.structural_markers,
+                response_transitions=tokenizer.response_transitions if has_tools else {},
+                has_tool_calling=has_tools,
+                tool_call_start=self._tool_format.start,
+                tool_call_end=self._tool_format.end,
             )
-        except TemplateError as error:
+        )
+        return machine
+
+    def _completions(self, request: GenerationRequest) -> list[CompletionRequest]:
+        if request.messages is None:
+            return [CompletionRequest("text", text, [], None, None) for text in request.prompts]
+        messages = [dict(message) for message in request.messages]
+        tools: list[Any] | None = None if request.tools is None else list(request.tools.tools)
+        if not self._tool_format.is_native:
+            messages, tools = self._tool_format.describe(messages, request.tools), None
+        if not self._tokenizer.has_chat_template:  # as Conversation does without a template
+            text = "\n\n".join(message["content"] for message in messages)
+            return [CompletionRequest("text", text, [], None, None)]
+        return [CompletionRequest("chat", "", messages, tools, None)]
+
+    def _read(self, completion: CompletionRequest, request: GenerationRequest) -> TokenizedPrompt:
+        where = "prompt" if request.messages is None else "messages"
+        try:
+            with self._reading:
+                tokenized = self._tokenize(completion, request.template_arguments)
+        except Exception as error:  # a template is a program of others, and fails in any way
+            reason = " ".join(str(error).split())[:300]
             raise APIError(
-                400, f"the model's chat template refuses these messages: {error}", param="messages"
+                400, f"the model's chat template refuses these messages: {reason}", param=where
             ) from error
+        if not tokenized[0]:
+            raise APIError(400, f"{where} is empty; say what you want", param=where)
+        return tokenized
 
+    def _tokenize(
+        self, completion: CompletionRequest, template_arguments: dict[str, Any]
+    ) -> TokenizedPrompt:
+        try:
+            return self._generator.tokenize(completion, template_arguments)
+        except Exception:
+            if completion.request_type == "text":
+                raise
+            try:
+                accepted = accepted_messages(self._tokenizer, completion.messages)
+            except CheckpointError as error:  # what the template said is what to tell
+                raise error.__cause__ or error from error
+            completion = dataclasses.replace(completion, messages=accepted)
+            return self._generator.tokenize(completion, template_arguments)
 
-def _generation_arguments(
-    choice: SubnetRequest, sampling: Sampling, max_tokens: int
-) -> GenerationArguments:
-    return GenerationArguments(
-        # mlx-lm compares it and hands it to the provider, nothing else.
-        model=ModelDescription(model=choice, draft="", adapter=""),  # type: ignore[arg-type]
-        sampling=SamplingArguments(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=sampling.min_p,
-            xtc_probability=0.0,
-            xtc_threshold=0.0,
-        ),
-        logits=LogitsProcessorArguments(
-            logit_bias=None,
-            repetition_penalty=sampling.repetition_penalty,
-            repetition_context_size=PENALTY_CONTEXT_SIZE,
-            presence_penalty=sampling.presence_penalty,
-            presence_context_size=PENALTY_CONTEXT_SIZE,
-            frequency_penalty=sampling.frequency_penalty,
-            frequency_context_size=PENALTY_CONTEXT_SIZE,
-        ),
-        stop_words=[],  # Reply cuts at stop strings: tokens do not always fall on their borders
-        max_tokens=max_tokens,
-        num_draft_tokens=0,
-        logprobs=False,
-        top_logprobs=0,
-        seed=sampling.seed,
-        chat_template_kwargs=None,
-    )
+    def _room(self, num_prompt_tokens: int, request: GenerationRequest) -> int:
+        room = self.context_length - num_prompt_tokens
+        if room < 1:
+            raise APIError(
+                400,
+                f"the prompt has {num_prompt_tokens} tokens, the model's context "
+                f"{self.context_length}; shorten it",
+                param="prompt" if request.messages is None else "messages",
+                code="context_length_exceeded",
+            )
+        return room

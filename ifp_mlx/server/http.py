@@ -1,37 +1,56 @@
-"""Routes, limits, keys and draining, on Python's own threading HTTP server."""
+"""Routes, limits and draining, on Python's own threading HTTP server."""
 
 import contextlib
 import dataclasses
-import hmac
+import itertools
 import json
 import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from ifp_mlx import __version__
 from ifp_mlx.errors import IFPError, UsageError
+from ifp_mlx.server import metrics
+from ifp_mlx.server.access import Access
 from ifp_mlx.server.api_error import APIError
+from ifp_mlx.server.bodies import Body
 from ifp_mlx.server.catalog import ModelCatalog
 from ifp_mlx.server.engine import Engine
-from ifp_mlx.server.replies import Piece, Reply
+from ifp_mlx.server.fields import parse_json
+from ifp_mlx.server.replies import Answers
+from ifp_mlx.server.request_log import RequestLog, RequestRecord
 from ifp_mlx.server.requests import (
     GenerationRequest,
     RequestDefaults,
     parse_chat_request,
     parse_completion_request,
-    parse_json,
 )
-from ifp_mlx.server.responses import ResponseShape
+from ifp_mlx.server.responses import ResponseShape, usage
 
 _SOCKET_TIMEOUT_S = 30.0  # a client that neither sends nor reads for so long is given up
-_MAX_DISCARDED_BYTES = 64 * 2**20
-_POST_ROUTES = ("/v1/chat/completions", "/v1/completions")
-_GET_ROUTES = ("/v1/models", "/health")
+_CLIENT_LEFT = 499  # nobody gets to see this status; nginx logs the same
+_CHAT = "/chat/completions"
+_METHODS = {
+    _CHAT: "POST",
+    "/completions": "POST",
+    "/models": "GET",
+    "/health": "GET",
+    "/metrics": "GET",
+}
+_ELSEWHERE = {  # what other servers have, and what to use here
+    "/responses": "there is no Responses API here; use /v1/chat/completions",
+    "/messages": "this is OpenAI's API, not Anthropic's; use /v1/chat/completions",
+    "/embeddings": "there are no embeddings here; the model writes text",
+    "/api/chat": "this is OpenAI's API, not Ollama's; use /v1/chat/completions",
+    "/api/generate": "this is OpenAI's API, not Ollama's; use /v1/completions",
+    "/api/tags": "this is OpenAI's API, not Ollama's; use /v1/models",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +72,15 @@ class Limits:
             raise UsageError("the server's limits must be above 0")
 
 
+@dataclasses.dataclass(frozen=True)
+class StaticFile:
+    """Something to be served as it is, to anybody, such as the page at ``/``."""
+
+    content_type: str
+    raw: bytes
+    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
 class ClientGone(Exception):
     """The client closed its connection: nobody reads the answer."""
 
@@ -67,8 +95,9 @@ class Server(ThreadingHTTPServer):
         catalog: the names that it serves.
         defaults: what a request that does not say gets.
         limits: what requests may take.
-        api_key: what clients must send as a bearer token; None asks for none.
-        on_log: called with one line a request.
+        access: who may use it.
+        log: gets one line a request.
+        files: path -> what is served there, without a key.
 
     Raises:
         UsageError: the address cannot be bound.
@@ -86,17 +115,25 @@ class Server(ThreadingHTTPServer):
         catalog: ModelCatalog,
         defaults: RequestDefaults,
         limits: Limits,
-        api_key: str | None = None,
-        on_log: Callable[[str], None] = lambda line: None,
+        access: Access,
+        log: RequestLog,
+        files: Mapping[str, StaticFile] | None = None,
     ):
         self.engine = engine
         self.catalog = catalog
         self.defaults = defaults
         self.limits = limits
-        self.api_key = api_key
-        self.on_log = on_log
+        self.access = access
+        self.log = log
+        self.files = files or {}
         self.started_s = int(time.time())
         self.is_draining = False
+        self.metrics = metrics.Metrics(
+            {
+                "requests_in_work": ("Requests in work and waiting.", lambda: self._num_requests),
+                **engine.gauges(),
+            }
+        )
         self._num_requests = 0
         self._changed = threading.Condition()
         try:
@@ -158,30 +195,55 @@ class _Handler(BaseHTTPRequestHandler):
     sys_version = ""
     timeout = _SOCKET_TIMEOUT_S
     disable_nagle_algorithm = True  # pieces of an answer go out as they come
-    _body_is_read = False
+    _record = RequestRecord("", "")
+    _cors: Mapping[str, str] = {}
+    _body: Body | None = None
     _headers_are_sent = False
 
     def do_GET(self) -> None:
         self._respond()
 
+    def do_HEAD(self) -> None:
+        self._respond()
+
     def do_POST(self) -> None:
+        self._respond()
+
+    def do_OPTIONS(self) -> None:
         self._respond()
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Report what the base class found wrong, in the shape of all other errors."""
         self.close_connection = True
+        self._begin()
         if code == 501:
-            self._send_error(APIError(405, "only GET and POST are served here", code="bad_method"))
+            error = APIError(405, "only GET and POST are served here", code="bad_method")
         else:
-            self._send_error(APIError(int(code), message or "the request is not valid HTTP"))
+            error = APIError(int(code), message or "the request is not valid HTTP")
+        self._send_error(error)
+        self._note("other")
 
     def log_message(self, format: str, *args: Any) -> None:
-        self.server.on_log(f"{self.client_address[0]} {format % args}")
+        """Say nothing: each request has a line of its own in the end."""
+
+    def _begin(self) -> None:
+        self._headers_are_sent = False
+        self._body = None
+        self._cors = {}
+        path = urlsplit(getattr(self, "path", "")).path
+        self._record = RequestRecord(self.command or "", path)
 
     def _respond(self) -> None:
-        self._body_is_read = self._headers_are_sent = False
+        self._begin()
+        path = self._record.path.rstrip("/")
+        route = path.removeprefix("/v1") or "/"
         try:
-            self._route(urlsplit(self.path).path.rstrip("/"))
+            self.server.access.check_host(self.headers)
+            self._cors = self.server.access.cors_headers(self.headers)
+            if self.command == "OPTIONS":
+                self._send_preflight()
+            else:
+                self._route(path, route)
         except APIError as error:
             self._send_error(error)
         except UsageError as error:
@@ -190,125 +252,141 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_error(APIError(500, str(error)))
         except (ClientGone, ConnectionError):
             self.close_connection = True
-            self.log_message("client left during %s", self.path)
+            self._record.status, self._record.error = _CLIENT_LEFT, "the client left"
         except TimeoutError:
-            if self._headers_are_sent:  # it does not read what we send
-                self.close_connection = True
+            self.close_connection = True
+            if self._headers_are_sent:
+                self._record.status, self._record.error = _CLIENT_LEFT, "the client does not read"
             else:
                 self._send_error(APIError(408, "the request's body did not arrive in time"))
         except Exception as error:  # a bug of ours: the client gets one line, not a traceback
-            self.log_message("internal error: %s: %s", type(error).__name__, error)
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            cause = f"{type(error).__name__}: {error} ({where.filename}, line {where.lineno})"
+            self._record.cause = cause
             self._send_error(APIError(500, "internal error; the server's log says more"))
+        self._note(route if route in _METHODS else "other")
 
-    def _route(self, path: str) -> None:
-        if path not in (*_POST_ROUTES, *_GET_ROUTES) and not path.startswith("/v1/models/"):
-            raise APIError(404, f"no route {path or '/'!r}", code="unknown_route")
-        method = "POST" if path in _POST_ROUTES else "GET"
-        if self.command != method:
-            headers = {"Allow": method}
-            raise APIError(405, f"{path} takes {method}", code="bad_method", headers=headers)
-        if path == "/health":
+    def _note(self, route: str) -> None:
+        with contextlib.suppress(OSError):  # nobody reads standard error any more
+            self.server.log.note(self._record)
+        self.server.metrics.note(self._record, route)
+
+    def _route(self, path: str, route: str) -> None:
+        if (file := self.server.files.get(path or "/")) is not None:
+            self._check_method(path or "/", "GET")
+            self._send(200, file.content_type, file.raw, file.headers)
+            return
+        is_model = route.startswith("/models/")
+        if route not in _METHODS and not is_model:
+            hint = _ELSEWHERE.get(route)
+            message = f"no route {path or '/'!r}" + (f": {hint}" if hint else "")
+            raise APIError(404, message, code="unknown_route")
+        self._check_method(path, _METHODS.get(route, "GET"))
+        if route == "/health":
             self._send_health()
             return
-        self._check_key()
-        if path in _POST_ROUTES:
-            self._generate(is_chat=path == "/v1/chat/completions")
-        elif path == "/v1/models":
+        self.server.access.check_key(self.headers)
+        if self.command == "POST":
+            self._generate(is_chat=route == _CHAT)
+        elif route == "/models":
             models = [self._model(name) for name in self.server.catalog.names]
             self._send_json(200, {"object": "list", "data": models})
+        elif route == "/metrics":
+            self._send(200, metrics.CONTENT_TYPE, self.server.metrics.text())
         else:
-            self._send_model(unquote(path.removeprefix("/v1/models/")))
+            self._send_model(unquote(route.removeprefix("/models/")))
 
-    def _check_key(self) -> None:
-        if self.server.api_key is None:
-            return
-        scheme, _, given = self.headers.get("Authorization", "").partition(" ")
-        matches = hmac.compare_digest(given.strip().encode(), self.server.api_key.encode())
-        if scheme.lower() != "bearer" or not matches:
-            raise APIError(
-                401,
-                "the API key is missing or wrong; send it as Authorization: Bearer KEY",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+    def _check_method(self, path: str, method: str) -> None:
+        if self.command != method and not (method == "GET" and self.command == "HEAD"):
+            headers = {"Allow": method}
+            raise APIError(405, f"{path} takes {method}", code="bad_method", headers=headers)
+
+    def _send_preflight(self) -> None:
+        """Tell a browser what a page of an allowed origin may send."""
+        headers = {"Allow": "GET, POST, OPTIONS"}
+        if self._cors:
+            headers |= {
+                "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
+                "Access-Control-Allow-Headers": self.headers.get(
+                    "Access-Control-Request-Headers", "Authorization, Content-Type"
+                ),
+                "Access-Control-Max-Age": "600",
+            }
+            if "Access-Control-Request-Private-Network" in self.headers:
+                headers["Access-Control-Allow-Private-Network"] = "true"
+        self._send_head(204, headers)
 
     def _read_body(self) -> bytes:
-        if self.headers.get_content_type() != "application/json":
-            raise APIError(415, "the body must have the content type application/json")
-        length = self._content_length()
-        if length is None:
-            raise APIError(411, "the request has no usable Content-Length")
         limit = self.server.limits.max_body_bytes
-        if length > limit:
-            self._discard(length)
-            raise APIError(413, f"the body has {length} bytes, the limit is {limit}")
-        raw = self.rfile.read(length)
-        self._body_is_read = True
-        return raw
-
-    def _content_length(self) -> int | None:
-        text = self.headers.get("Content-Length", "")
-        return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else None
-
-    def _discard(self, length: int) -> None:
-        """Read a body to throw it away: clients look for an answer when they have sent all."""
-        if length <= _MAX_DISCARDED_BYTES:
-            while length > 0 and (part := self.rfile.read(min(length, 2**16))):
-                length -= len(part)
-            self._body_is_read = length == 0
+        self._body = Body(self.rfile, self.connection, self.headers, limit)
+        try:
+            return self._body.read()
+        finally:
+            self.connection.settimeout(_SOCKET_TIMEOUT_S)
 
     def _generate(self, *, is_chat: bool) -> None:
+        started_s = time.monotonic()
         parse = parse_chat_request if is_chat else parse_completion_request
         request = parse(parse_json(self._read_body()), self.server.defaults)
+        self._record.model = request.model or self.server.catalog.base_name
         choice = self.server.catalog.choose(request)
+        self._record.task = choice.text
         with self.server.place():
             if not self.server.engine.is_healthy:
                 raise APIError(503, "the generation thread has died; restart the server")
-            reply = self.server.engine.start(request, choice)
-            shape = ResponseShape(is_chat=is_chat, model=request.model)
-            pieces = reply.pieces(self.server.limits.time_limit_s, self._check_client)
-            with contextlib.closing(pieces):
+            answers = self.server.engine.start(request, choice)
+            shape = ResponseShape(
+                is_chat=is_chat,
+                model=self._record.model,
+                token_bytes=(
+                    None if request.num_alternatives is None else self.server.engine.token_bytes
+                ),
+                prompts=request.prompts if request.echo else (),
+            )
+            try:
                 if request.stream:
-                    self._send_stream(request, shape, reply, pieces)
+                    self._send_stream(request, shape, answers)
                 else:
-                    self._send_whole(shape, reply, pieces, is_chat=is_chat)
+                    self._send_whole(shape, answers)
+            finally:
+                answers.abandon()
+                self._note_answers(answers, started_s)
 
-    def _send_whole(
-        self, shape: ResponseShape, reply: Reply, pieces: Iterator[Piece], *, is_chat: bool
-    ) -> None:
-        text: list[str] = []
-        reasoning: list[str] = []
-        for piece in pieces:
-            (reasoning if piece.is_reasoning and is_chat else text).append(piece.text)
-        self._send_json(200, shape.whole("".join(text), "".join(reasoning), reply))
+    def _note_answers(self, answers: Answers, started_s: float) -> None:
+        counts = usage(answers.replies)
+        begun = [r.first_token_s for r in answers.replies if r.first_token_s is not None]
+        self._record.prompt_tokens = counts["prompt_tokens"]
+        self._record.cached_tokens = counts["prompt_tokens_details"]["cached_tokens"]
+        self._record.completion_tokens = counts["completion_tokens"]
+        self._record.first_token_s = min(begun) - started_s if begun else None
+        self._record.elapsed_s = time.monotonic() - started_s
+        self._record.finish_reason = answers.replies[0].finish_reason or ""
+
+    def _send_whole(self, shape: ResponseShape, answers: Answers) -> None:
+        pieces = answers.pieces(self.server.limits.time_limit_s, self._check_client)
+        with contextlib.closing(pieces):
+            self._send_json(200, shape.whole(pieces, answers.replies))
 
     def _send_stream(
-        self,
-        request: GenerationRequest,
-        shape: ResponseShape,
-        reply: Reply,
-        pieces: Iterator[Piece],
+        self, request: GenerationRequest, shape: ResponseShape, answers: Answers
     ) -> None:
-        first = next(
-            pieces, None
-        )  # what goes wrong before the first token gets a status of its own
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("Connection", "close")  # marks the end: the length is not known
-        self.end_headers()
-        self._headers_are_sent = True
-        self.close_connection = True
-        opening = shape.opening(reply)
-        if opening is not None:
-            self._send_event(opening)
-        if first is not None:
-            self._send_event(shape.piece(first, reply))
-        for piece in pieces:
-            self._send_event(shape.piece(piece, reply))
-        self._send_event(shape.closing(reply))
+        pieces = answers.pieces(self.server.limits.time_limit_s, self._check_client)
+        with contextlib.closing(pieces):
+            # What goes wrong before the first token gets a status of its own.
+            first = next(pieces, None)
+            self.close_connection = True  # marks the end: the length is not known
+            headers = {"Cache-Control": "no-store", "Connection": "close"}
+            self._send_head(200, {"Content-Type": "text/event-stream; charset=utf-8", **headers})
+            for reply in answers.replies:
+                if (opening := shape.opening(reply)) is not None:
+                    self._send_event(opening)
+            for reply, piece in itertools.chain(() if first is None else (first,), pieces):
+                for event in shape.pieces(reply, piece):
+                    self._send_event(event)
+        for reply in answers.replies:
+            self._send_event(shape.closing(reply))
         if request.include_usage:
-            self._send_event(shape.token_counts(reply))
+            self._send_event(shape.token_counts(answers.replies))
         self.wfile.write(b"data: [DONE]\n\n")
 
     def _check_client(self) -> None:
@@ -337,26 +415,35 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
 
     def _send_json(
-        self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None
+        self, status: int, body: dict[str, Any], headers: Mapping[str, str] | None = None
     ) -> None:
-        raw = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(raw)))
-        for name, value in (headers or {}).items():
-            self.send_header(name, value)
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        self._headers_are_sent = True
+        self._send(status, "application/json", json.dumps(body).encode(), headers or {})
+
+    def _send(
+        self, status: int, content_type: str, raw: bytes, headers: Mapping[str, str] | None = None
+    ) -> None:
+        described = {"Content-Type": content_type, "Content-Length": str(len(raw))}
+        self._send_head(status, {**described, **(headers or {})})
         if self.command != "HEAD":
             self.wfile.write(raw)
 
+    def _send_head(self, status: int, headers: Mapping[str, str]) -> None:
+        self._record.status = status
+        self.send_response(status)
+        for name, value in {**headers, **self._cors}.items():
+            self.send_header(name, value)
+        self.send_header("X-Content-Type-Options", "nosniff")
+        if self.close_connection and "Connection" not in headers:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        self._headers_are_sent = True
+
     def _send_error(self, error: APIError) -> None:
+        self._record.status, self._record.error = error.status, error.message
         with contextlib.suppress(ConnectionError, TimeoutError):
             if self._headers_are_sent:  # in the middle of a stream
                 self._send_event(error.body())
                 return
-            if self.command == "POST" and not self._body_is_read:
+            if self.command == "POST" and (self._body is None or not self._body.is_read):
                 self.close_connection = True  # what follows on this connection is not a request
             self._send_json(error.status, error.body(), error.headers)

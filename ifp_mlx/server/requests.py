@@ -1,27 +1,27 @@
 """From a JSON body to a checked request; whatever does not fit is said in OpenAI's terms."""
 
 import dataclasses
-import json
-import math
 from typing import Any
 
-from ifp_mlx.chat.conversation import Message
+from ifp_mlx.server import fields
 from ifp_mlx.server.api_error import APIError
+from ifp_mlx.server.messages import ChatMessage, parse_messages
+from ifp_mlx.server.tools import ToolOffer, parse_tools
 
-MAX_STOP_STRINGS = 4
-_ROLES = ("system", "developer", "user", "assistant")
+MAX_ANSWERS = 16
+MAX_ALTERNATIVES = 20
+_NO_LIMIT = -1  # what clients send for "as many tokens as fit"
 
 # What would change the answer, and this server cannot do: better refused than ignored.
 _UNSUPPORTED = {
-    "tools": "tool calls are not supported; leave out tools",
-    "functions": "function calls are not supported; leave out functions",
     "audio": "audio is not supported; leave out audio",
-    "logprobs": "log probabilities are not supported; leave out logprobs",
-    "top_logprobs": "log probabilities are not supported; leave out top_logprobs",
     "suffix": "filling in the middle is not supported; leave out suffix",
-    "echo": "echo is not supported; leave it out",
-    "logit_bias": "logit_bias is not supported; leave it out",
 }
+_TEMPLATE_ARGUMENTS = frozenset(  # that clients must not set: they are what this server is for
+    {"conversation", "messages", "tools", "tokenize", "add_generation_prompt", "chat_template"}
+    | {"return_dict", "return_tensors", "documents", "continue_final_message", "padding"}
+    | {"truncation", "max_length", "return_assistant_tokens_mask", "tokenizer_kwargs"}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Sampling:
     repetition_penalty: float
     presence_penalty: float
     frequency_penalty: float
+    logit_bias: dict[int, float]
     seed: int | None
 
 
@@ -43,33 +44,41 @@ class GenerationRequest:
     """One request for text.
 
     Attributes:
-        messages: the conversation; None for a plain completion.
-        prompt: the text to continue; None for a conversation.
-        model: as the client named it.
+        messages: the conversation; None for plain completions.
+        prompts: the texts to continue; empty for a conversation.
+        model: as the client named it; empty for the model that is served.
         task: a description that selects the sub-network.
-        max_tokens: longest answer.
+        keep: the share of units that it keeps.
+        max_tokens: longest answer; None for what fits the context.
         sampling: how tokens are drawn.
         stop: strings that end the answer and are not part of it.
         stream: send the answer as it is made.
         include_usage: end a stream with the token counts.
+        num_answers: to each prompt.
+        num_alternatives: likeliest tokens to tell of beside each one's log probability; None for
+            no log probabilities.
+        tools: what the model may call.
+        schema: the JSON schema that the answer must fit.
+        echo: begin each answer with its prompt.
+        template_arguments: for the chat template.
     """
 
-    messages: tuple[Message, ...] | None
-    prompt: str | None
+    messages: tuple[ChatMessage, ...] | None
+    prompts: tuple[str, ...]
     model: str
     task: str | None
-    max_tokens: int
+    keep: float | None
+    max_tokens: int | None
     sampling: Sampling
     stop: tuple[str, ...]
     stream: bool
     include_usage: bool
-
-    @property
-    def first_user_text(self) -> str:
-        """The text that selects when neither the model's name nor ``task`` does."""
-        if self.messages is None:
-            return self.prompt or ""
-        return next(m["content"] for m in self.messages if m["role"] == "user")
+    num_answers: int
+    num_alternatives: int | None
+    tools: ToolOffer | None
+    schema: dict[str, Any] | None
+    echo: bool
+    template_arguments: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,29 +88,10 @@ class RequestDefaults:
     Attributes:
         max_tokens: longest answer.
         temperature: 0 takes the most likely token each time.
-        context_length: of the model; also the most that ``max_tokens`` may ask for.
     """
 
     max_tokens: int
     temperature: float
-    context_length: int
-
-
-def parse_json(raw: bytes) -> dict[str, Any]:
-    """Return the JSON object in a request's body.
-
-    Raises:
-        APIError: 400, not UTF-8, not JSON or not an object.
-    """
-    try:
-        body = json.loads(raw.decode("utf-8"), parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise APIError(400, "the body is not UTF-8; encode it so", code="invalid_utf8") from error
-    except (ValueError, RecursionError) as error:
-        raise APIError(400, "the body is not valid JSON", code="invalid_json") from error
-    if not isinstance(body, dict):
-        raise APIError(400, "the body must be a JSON object", code="invalid_json")
-    return body
 
 
 def parse_chat_request(body: dict[str, Any], defaults: RequestDefaults) -> GenerationRequest:
@@ -110,7 +100,26 @@ def parse_chat_request(body: dict[str, Any], defaults: RequestDefaults) -> Gener
     Raises:
         APIError: 400, with the field that is wrong.
     """
-    return _parse(body, defaults, messages=_messages(body), prompt=None)
+    has_logprobs = fields.boolean(body, "logprobs")
+    num_alternatives = fields.integer(body, "top_logprobs", 0, 0, MAX_ALTERNATIVES)
+    if num_alternatives and not has_logprobs:
+        raise APIError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+    template_arguments = fields.json_object(body, "chat_template_kwargs")
+    if reserved := sorted(_TEMPLATE_ARGUMENTS & template_arguments.keys()):
+        message = f"chat_template_kwargs cannot set {', '.join(reserved)}"
+        raise APIError(400, message, param="chat_template_kwargs")
+    tools, schema = parse_tools(body), _schema(body)
+    if schema is not None and tools is not None and tools.must_call:
+        message = "response_format has no effect on tool calls, which tool_choice demands"
+        raise APIError(400, message, param="response_format")
+    request = _parse(body, defaults, messages=parse_messages(body))
+    return dataclasses.replace(
+        request,
+        num_alternatives=num_alternatives if has_logprobs else None,
+        tools=tools,
+        schema=schema,
+        template_arguments=template_arguments,
+    )
 
 
 def parse_completion_request(body: dict[str, Any], defaults: RequestDefaults) -> GenerationRequest:
@@ -120,149 +129,135 @@ def parse_completion_request(body: dict[str, Any], defaults: RequestDefaults) ->
         APIError: 400, with the field that is wrong.
     """
     prompt = body.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1:
-        prompt = prompt[0]
-    return _parse(body, defaults, messages=None, prompt=_text(prompt, "prompt"))
+    prompts = prompt if isinstance(prompt, list) and prompt else [prompt]
+    if len(prompts) > MAX_ANSWERS:
+        raise fields.wrong("prompt", f"at most {MAX_ANSWERS} texts")
+    if any(isinstance(text, int | list) for text in prompts):
+        raise APIError(400, "prompt must be text, not token ids", param="prompt")
+    num_alternatives = body.get("logprobs")
+    if num_alternatives is not None and not isinstance(num_alternatives, bool):
+        num_alternatives = fields.integer(body, "logprobs", 0, 0, MAX_ALTERNATIVES)
+    else:  # some clients send chat's form
+        num_alternatives = 0 if num_alternatives else None
+    return dataclasses.replace(
+        _parse(body, defaults, prompts=tuple(fields.text(text, "prompt") for text in prompts)),
+        num_alternatives=num_alternatives,
+        schema=_schema(body),
+        echo=fields.boolean(body, "echo"),
+    )
 
 
 def _parse(
     body: dict[str, Any],
     defaults: RequestDefaults,
     *,
-    messages: tuple[Message, ...] | None,
-    prompt: str | None,
+    messages: tuple[ChatMessage, ...] | None = None,
+    prompts: tuple[str, ...] = (),
 ) -> GenerationRequest:
     for name, message in _UNSUPPORTED.items():
         if body.get(name):
-            raise APIError(400, message, param=name, code="unsupported_parameter")
-    answer_format = body.get("response_format")
-    if answer_format is not None and answer_format != {"type": "text"}:
-        message = "only response_format {'type': 'text'} is supported"
-        raise APIError(400, message, param="response_format", code="unsupported_parameter")
-    _integer(body, "n", 1, 1, 1)
-    stream = _boolean(body, "stream")
-    options = body.get("stream_options")
-    if options is not None and not isinstance(options, dict):
-        raise _wrong("stream_options", "an object")
-    name = "max_completion_tokens"
-    if body.get(name) is None:
-        name = "max_tokens"
+            raise fields.unsupported(name, message)
+    if "text" not in (fields.items(body, "modalities") or ["text"]):
+        raise fields.unsupported("modalities", "only text comes from here; ask for that modality")
+    num_answers = fields.integer(body, "n", 1, 1, MAX_ANSWERS)
+    if fields.integer(body, "best_of", num_answers, 1, MAX_ANSWERS) != num_answers:
+        raise fields.unsupported("best_of", "best_of is not supported; leave it out")
+    if num_answers * len(prompts) > MAX_ANSWERS:
+        raise fields.wrong("n", f"such that all prompts get at most {MAX_ANSWERS} answers")
+    stream = fields.boolean(body, "stream")
+    options = fields.json_object(body, "stream_options")
     return GenerationRequest(
         messages=messages,
-        prompt=prompt,
-        model=_text(body.get("model"), "model"),
-        task=None if body.get("task") is None else _text(body["task"], "task"),
-        max_tokens=_integer(body, name, defaults.max_tokens, 1, defaults.context_length),
-        sampling=Sampling(
-            temperature=_number(body, "temperature", defaults.temperature, 0, 2),
-            top_p=_number(body, "top_p", 1, 0, 1),
-            top_k=_integer(body, "top_k", 0, 0, 2**31 - 1),
-            min_p=_number(body, "min_p", 0, 0, 1),
-            repetition_penalty=_number(body, "repetition_penalty", 0, 0, 10),
-            presence_penalty=_number(body, "presence_penalty", 0, -2, 2),
-            frequency_penalty=_number(body, "frequency_penalty", 0, -2, 2),
-            seed=None if body.get("seed") is None else _integer(body, "seed", 0, 0, 2**63 - 1),
-        ),
+        prompts=prompts,
+        model=fields.optional_text(body, "model") or "",
+        task=_task(body),
+        keep=_keep(body),
+        max_tokens=_max_tokens(body, defaults),
+        sampling=_sampling(body, defaults),
         stop=_stop(body),
         stream=stream,
-        include_usage=stream and _boolean(options or {}, "include_usage"),
+        include_usage=stream and fields.boolean(options, "include_usage"),
+        num_answers=num_answers,
+        num_alternatives=None,
+        tools=None,
+        schema=None,
+        echo=False,
+        template_arguments={},
     )
 
 
-def _messages(body: dict[str, Any]) -> tuple[Message, ...]:
-    messages = body.get("messages")
-    if messages is None:
-        raise APIError(400, "messages is missing", param="messages", code="missing_parameter")
-    if not isinstance(messages, list) or not messages:
-        raise _wrong("messages", "a list with at least one message")
-    checked = tuple(_message(message, f"messages[{i}]") for i, message in enumerate(messages))
-    if all(message["role"] != "user" for message in checked):
-        raise APIError(400, "messages must hold a message of the user", param="messages")
-    return checked
+def _max_tokens(body: dict[str, Any], defaults: RequestDefaults) -> int | None:
+    name = "max_completion_tokens"
+    if body.get(name) is None:
+        name = "max_tokens"
+    hint = f", or {_NO_LIMIT} for as many as fit"
+    value = fields.integer(body, name, defaults.max_tokens, _NO_LIMIT, 2**53, hint=hint)
+    if value == 0:
+        raise fields.wrong(name, f"at least 1{hint}")
+    return None if value == _NO_LIMIT else value
 
 
-def _message(message: Any, where: str) -> Message:
-    if not isinstance(message, dict):
-        raise _wrong(where, "an object with role and content")
-    role = message.get("role")
-    if role not in _ROLES:
-        raise _wrong(f"{where}.role", f"one of {', '.join(_ROLES)}")
-    if message.get("tool_calls"):
-        raise APIError(400, _UNSUPPORTED["tools"], param=where, code="unsupported_parameter")
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "".join(_text_part(part, f"{where}.content") for part in content)
-    if role == "assistant" and content in ("", None):
-        return {"role": "assistant", "content": ""}
-    # Chat templates know no "developer": it is OpenAI's newer word for "system".
-    role = "system" if role == "developer" else role
-    return {"role": role, "content": _text(content, f"{where}.content")}
+def _sampling(body: dict[str, Any], defaults: RequestDefaults) -> Sampling:
+    temperature = fields.number(body, "temperature", defaults.temperature, 0, 2)
+    top_p = fields.number(body, "top_p", 1, 0, 1)
+    seed = fields.integer(body, "seed", -1, -1, 2**64 - 1)
+    return Sampling(
+        temperature=temperature if top_p > 0 else 0.0,  # mlx-lm reads a top_p of 0 as "all"
+        top_p=top_p,
+        top_k=max(fields.integer(body, "top_k", 0, -1, 2**31 - 1), 0),
+        min_p=fields.number(body, "min_p", 0, 0, 1),
+        repetition_penalty=fields.number(body, "repetition_penalty", 0, 0, 10),
+        presence_penalty=fields.number(body, "presence_penalty", 0, -2, 2),
+        frequency_penalty=fields.number(body, "frequency_penalty", 0, -2, 2),
+        logit_bias=_logit_bias(body),
+        seed=None if seed == -1 else seed,
+    )
 
 
-def _text_part(part: Any, where: str) -> str:
-    if not isinstance(part, dict) or part.get("type") != "text":
-        raise APIError(400, f"{where} may hold parts of type 'text' only", param=where)
-    text = part.get("text")
-    if not isinstance(text, str):
-        raise _wrong(where, "parts with a text")
-    return text
+def _logit_bias(body: dict[str, Any]) -> dict[int, float]:
+    biases = fields.json_object(body, "logit_bias")
+    if not all(token.isascii() and token.isdigit() and len(token) < 10 for token in biases):
+        raise fields.wrong("logit_bias", "an object of token ids and numbers from -100 to 100")
+    return {int(token): fields.number(biases, token, 0, -100, 100) for token in biases}
 
 
 def _stop(body: dict[str, Any]) -> tuple[str, ...]:
     stop = body.get("stop")
-    if stop is None:
-        return ()
-    stops = [stop] if isinstance(stop, str) else stop
-    fits = isinstance(stops, list) and len(stops) <= MAX_STOP_STRINGS
-    if not fits or not all(isinstance(text, str) and text for text in stops):
-        raise _wrong("stop", f"a string or a list of up to {MAX_STOP_STRINGS}, none of them empty")
-    return tuple(stops)
+    stops = [stop] if isinstance(stop, str) else stop or []
+    if not isinstance(stops, list) or not all(isinstance(text, str) for text in stops):
+        raise fields.wrong("stop", "a string or a list of strings")
+    return tuple(dict.fromkeys(text for text in stops if text))
 
 
-def _text(value: Any, name: str) -> str:
-    if value is None:
-        raise APIError(400, f"{name} is missing", param=name, code="missing_parameter")
-    if not isinstance(value, str):
-        raise _wrong(name, "a string")
-    if not value.strip():
-        raise APIError(400, f"{name} is empty", param=name)
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
-        raise APIError(400, f"{name} holds half a surrogate pair", param=name) from error
-    return value
+def _task(body: dict[str, Any]) -> str | None:
+    task = body.get("task")
+    if task is not None and not fields.text(task, "task").strip():
+        raise APIError(
+            400, "task is empty; describe it in a sentence or leave it out", param="task"
+        )
+    return task
 
 
-def _boolean(body: dict[str, Any], name: str) -> bool:
-    value = body.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise _wrong(name, "true or false")
-    return bool(value)
+def _keep(body: dict[str, Any]) -> float | None:
+    keep = fields.number(body, "keep", 1, 0, 1)
+    if keep == 0:
+        raise fields.wrong("keep", "a number above 0 up to 1")
+    return None if body.get("keep") is None else keep
 
 
-def _integer(body: dict[str, Any], name: str, default: int, low: int, high: int) -> int:
-    value = body.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        kind = f"{low}" if low == high else f"an integer from {low} to {high}"
-        raise _wrong(name, kind)
-    return value
-
-
-def _number(body: dict[str, Any], name: str, default: float, low: float, high: float) -> float:
-    value = body.get(name)
-    if value is None:
-        return default
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not low <= value <= high or math.isnan(value):
-        raise _wrong(name, f"a number from {low:g} to {high:g}")
-    return float(value)
-
-
-def _wrong(name: str, expected: str) -> APIError:
-    return APIError(400, f"{name} must be {expected}", param=name, code="invalid_value")
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
+def _schema(body: dict[str, Any]) -> dict[str, Any] | None:
+    answer_format = fields.json_object(body, "response_format")
+    match answer_format.get("type"):
+        case None if not answer_format:
+            return None
+        case "text":
+            return None
+        case "json_object":
+            return {"type": "object"}
+        case "json_schema":
+            named = fields.json_object(answer_format, "json_schema")
+            if not isinstance(named.get("schema"), dict):
+                raise fields.wrong("response_format", "one whose json_schema has a schema")
+            schema: dict[str, Any] = named["schema"]
+            return schema
+    raise fields.wrong("response_format", "of type 'text', 'json_object' or 'json_schema'")

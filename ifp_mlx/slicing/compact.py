@@ -30,6 +30,7 @@ from ifp_mlx.units.modules import (
     part_of,
     plain_linear,
     replace_part,
+    stored_bytes,
     unit_layers,
     unit_shape,
     with_own_parts,
@@ -65,12 +66,32 @@ DEFAULT_CUT = CutOptions()
 
 
 @dataclasses.dataclass(frozen=True)
+class ModelSize:
+    """How large a model is, in the type that it computes in.
+
+    Attributes:
+        parameters: their number.
+        num_bytes: of its weights.
+    """
+
+    parameters: int
+    num_bytes: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "ModelSize":
+        """Return the size of a model. Evaluates nothing."""
+        from mlx_lm.utils import get_total_parameters
+
+        return cls(int(get_total_parameters(model)), stored_bytes(model))
+
+
+@dataclasses.dataclass(frozen=True)
 class CutModel:
     """A compact model and what making it took.
 
     Attributes:
         model: evaluated.
-        total_parameters: of the model that it was cut from.
+        source: the model that it was cut from.
         requantization_error: relative error of quantizing columns again, 0 where none were.
         seconds: what cutting or reading it took.
         is_stored: it was read whole, as an earlier run had cut it.
@@ -80,7 +101,7 @@ class CutModel:
     """
 
     model: nn.Module
-    total_parameters: int
+    source: ModelSize
     requantization_error: float = 0.0
     seconds: float = 0.0
     is_stored: bool = False

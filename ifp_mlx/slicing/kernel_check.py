@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ifp_mlx.slicing.compact import slice_rows
-from ifp_mlx.units.modules import clone_module, dequantized
+from ifp_mlx.units.modules import clone_module, dequantized, is_packed
 
 logger = logging.getLogger(__name__)
 
@@ -42,36 +42,57 @@ def check_quantized_kernels(model: nn.Module) -> nn.Module:
 
 def kernel_error(linear: nn.Module) -> float:
     """Return the worst relative error of a quantized layer's kernel on a few rows. Evaluates."""
-    rows = slice_rows(linear, mx.arange(min(_ROWS, linear.weight.shape[0])))
-    weight = dequantized(rows, mx.float32)  # (rows, D)
+    is_stack = linear.weight.ndim == 3
+    rows = slice_rows(linear, mx.arange(1 if is_stack else min(_ROWS, linear.weight.shape[0])))
+    weight = dequantized(rows, mx.float32)  # (rows, D), of the first expert of a stack
+    weight = weight[0] if is_stack else weight
     dtype = linear.scales.dtype if linear.mode == "affine" else mx.bfloat16
     worst = 0.0
     for num_tokens in _TOKENS:
         inputs = mx.random.normal((num_tokens, weight.shape[1]), key=mx.random.key(num_tokens))
         expected = inputs.astype(dtype).astype(mx.float32) @ weight.T
         if "bias" in rows:
-            expected = expected + rows.bias
-        difference = mx.linalg.norm(rows(inputs.astype(dtype)).astype(mx.float32) - expected)
+            expected = expected + (rows.bias[0] if is_stack else rows.bias)
+        product = _product(rows, inputs.astype(dtype)).astype(mx.float32)
+        difference = mx.linalg.norm(product - expected)
         error = difference / mx.linalg.norm(expected)
         worst = max(worst, float(error.item()))  # type: ignore[arg-type]
     return worst
 
 
+def _product(linear: nn.Module, inputs: mx.array) -> mx.array:
+    """Return what a layer makes of (T, D) inputs; of a stack, its first expert."""
+    if linear.weight.ndim == 2:
+        return linear(inputs)  # type: ignore[no-any-return]
+    experts = mx.zeros((len(inputs), 1), dtype=mx.int32)
+    products: mx.array = linear(inputs[:, None, None], experts)  # (T, 1, 1, rows)
+    return products[:, 0, 0]
+
+
+_Kind = tuple[str, int, int, int]
+
+
+def _kind(linear: nn.Module) -> _Kind:
+    return linear.mode, linear.bits, linear.group_size, linear.weight.ndim
+
+
 def _first_of_each_kind(model: nn.Module) -> list[nn.Module]:
-    kinds: dict[tuple[str, int, int], nn.Module] = {}
+    kinds: dict[_Kind, nn.Module] = {}
     for module in model.modules():
-        if isinstance(module, nn.QuantizedLinear):
-            kinds.setdefault((module.mode, module.bits, module.group_size), module)
+        if isinstance(module, nn.QuantizedLinear) or (
+            is_packed(module) and hasattr(module, "num_experts")
+        ):
+            kinds.setdefault(_kind(module), module)
     return list(kinds.values())
 
 
 @functools.cache
-def _checked() -> dict[tuple[str, int, int], bool]:
+def _checked() -> dict[_Kind, bool]:
     return {}
 
 
 def _is_right(linear: nn.Module) -> bool:
-    kind = (linear.mode, linear.bits, linear.group_size)
+    kind = _kind(linear)
     if kind not in _checked():
         _checked()[kind] = kernel_error(linear) < _TOLERANCE
     return _checked()[kind]

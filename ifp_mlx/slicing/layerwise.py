@@ -16,7 +16,7 @@ import mlx.nn as nn
 from ifp_mlx.storage.weights import load_model
 from ifp_mlx.units.modules import clone_module, named_arrays
 
-_CHUNK_TOKENS = 256
+_CHUNK_TOKENS = 64
 
 
 def layerwise_model(

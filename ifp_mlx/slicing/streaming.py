@@ -22,6 +22,7 @@ from ifp_mlx.slicing.compact import (
     DEFAULT_CUT,
     CutModel,
     CutOptions,
+    ModelSize,
     RequantizationError,
     ResidentUnits,
     UnitSource,
@@ -98,15 +99,13 @@ def load_subnetwork(
         CheckpointError: the checkpoint is damaged.
         SelectionError: the selection does not fit the checkpoint.
     """
-    from mlx_lm.utils import get_total_parameters
-
     start = time.perf_counter()
     stored, _ = load_model(path, lazy=True)
     selection.validate(stored)
-    total_parameters = int(get_total_parameters(stored))
     if base is None:
         base = stored if dtype is None else load_model(path, dtype, lazy=True)[0]
         base = base if adapt is None else adapt(base)
+    size = ModelSize.of(base)
     compact = compact_skeleton(base, selection)
     error = RequantizationError()
     with PositionedReader() as reader:
@@ -130,7 +129,7 @@ def load_subnetwork(
         mx.eval(compact.parameters())
         return CutModel(
             model=compact,
-            total_parameters=total_parameters,
+            source=size,
             requantization_error=error.relative,
             seconds=time.perf_counter() - start,
             unit_bytes_read=reader.bytes_read if in_parts else None,
@@ -200,14 +199,17 @@ class _UnitsAtHand:
             self._release_before(layer)
         pick = self._earlier.selection.pick
         wanted, present = np.array(units), np.array(pick.units(self._positions[layer]))
-        lacking = np.setdiff1d(wanted, present)
-        at_hand = np.concatenate([present, lacking])
-        order = mx.array(np.argsort(at_hand)[np.searchsorted(np.sort(at_hand), wanted)])
-        arrays = part_arrays(self._layers[layer], part)
+        rows = np.minimum(np.searchsorted(present, wanted), len(present) - 1)
+        lacking = np.flatnonzero(present[rows] != wanted)
+        arrays = {
+            name: take_rows(array, mx.array(rows))
+            for name, array in part_arrays(self._layers[layer], part).items()
+        }
         if len(lacking):
-            read = self._source.take(layer, part, mx.array(lacking))
-            arrays = {name: mx.concatenate([array, read[name]]) for name, array in arrays.items()}
-        return {name: take_rows(array, order) for name, array in arrays.items()}
+            read = self._source.take(layer, part, mx.array(wanted[lacking]))
+            for name, array in arrays.items():
+                array[mx.array(lacking)] = read[name]
+        return arrays
 
     def whole(self, layer: int, part: Part) -> nn.Module:
         return self._source.whole(layer, part)

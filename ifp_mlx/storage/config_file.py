@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ifp_mlx.errors import CheckpointError
+from ifp_mlx.storage.misnamed import what_it_is
 from ifp_mlx.units.model_config import ModelConfig
 
 _MAX_JSON_BYTES = 16_000_000
@@ -53,11 +54,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise CheckpointError(f"{path} is larger than any such file; download it again")
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON; download it again") from error
+        with path.open("rb") as file:
+            what = what_it_is(path, file.read(64)) or "is not valid JSON; download it again"
+        raise CheckpointError(f"{path} {what}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a JSON object; download it again")
     return content
@@ -84,7 +87,9 @@ def check_links(path: Path, files: Iterable[Path]) -> None:
         if not file.exists():
             raise CheckpointError(f"{file} is a link to a file that is gone; download it again")
         first = Path(os.path.normpath(root / file.readlink()))
-        if not file.resolve().is_relative_to(root) and first.parent != blobs:
+        allowed = [root] if blobs is None else [root, blobs.resolve()]
+        target = file.resolve()
+        if first.parent != blobs and not any(target.is_relative_to(one) for one in allowed):
             raise CheckpointError(
                 f"{file} is a link out of the checkpoint directory; copy the file instead"
             )

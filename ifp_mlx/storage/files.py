@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -17,9 +18,9 @@ def write_bytes_atomically(path: Path, content: bytes, *, mode: int = 0o644) -> 
     Raises:
         ResourceError: the disk is full or the folder cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary: str | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -39,48 +40,75 @@ def staged_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
 
     A block that fails, or a process that is killed, leaves ``target`` as it was. Remains of
     killed runs (``.NAME.partial-*``) are removed by the next run; those of a run that still
-    works are locked and stay.
+    works are locked, and only one works at a time.
 
     Args:
         target: the directory to create.
         overwrite: replace an existing target instead of refusing it.
 
     Raises:
-        UsageError: ``target`` exists and ``overwrite`` is not set.
+        UsageError: ``target`` exists and ``overwrite`` is not set, or another run is writing it.
         ResourceError: the parent folder cannot be written.
     """
     target = target.absolute()
     if target.exists() and not overwrite:
         raise UsageError(f"{target} exists already; choose another name or pass `overwrite`")
+    with contextlib.ExitStack() as locks:
+        staging = _stage(target, locks)
+        try:
+            yield staging
+            if target.exists() and not overwrite:
+                raise UsageError(f"{target} was made by something else meanwhile; it stays")
+            try:
+                staging.chmod(0o755)
+                _put_in_place(staging, target)
+            except OSError as error:
+                raise ResourceError(f"cannot write {target}: {error.strerror or error}") from error
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+def _stage(target: Path, locks: contextlib.ExitStack) -> Path:
+    """Return a new directory beside ``target``, whose lock ``locks`` then holds.
+
+    Raises:
+        UsageError: another run has one.
+        ResourceError: the parent folder cannot be written.
+    """
     prefix = f".{target.name}.partial-"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for stale in target.parent.glob(f"{prefix}*"):
-            with contextlib.suppress(OSError), _locked_directory(stale):
-                shutil.rmtree(stale, ignore_errors=True)
-        staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix))
+        # Of two that begin at once, one waits here and then sees the other.
+        with _locked_directory(target.parent, wait=True):
+            for stale in target.parent.glob(f"{glob.escape(prefix)}*"):
+                try:
+                    with _locked_directory(stale):
+                        shutil.rmtree(stale, ignore_errors=True)
+                except BlockingIOError:
+                    raise UsageError(
+                        f"another process is writing {target}; wait for it, or choose another name"
+                    ) from None
+                except OSError:  # no directory, or gone
+                    continue
+            staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=prefix))
+            locks.enter_context(_locked_directory(staging))
+            return staging
     except OSError as error:
         raise ResourceError(f"cannot write beside {target}: {error.strerror or error}") from error
-    try:
-        with _locked_directory(staging):
-            yield staging
-            staging.chmod(0o755)
-            _put_in_place(staging, target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
 @contextlib.contextmanager
-def _locked_directory(folder: Path) -> Iterator[None]:
+def _locked_directory(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold the lock of a directory; the system releases it when the process ends, however.
 
     Raises:
-        OSError: another process holds it, or there is no such directory.
+        BlockingIOError: another process holds it, and that is not to be waited for.
+        OSError: there is no such directory, or it cannot be locked.
     """
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
     finally:
         os.close(descriptor)

@@ -24,6 +24,16 @@ def sessions_folder() -> Path:
     return home_folder() / "sessions"
 
 
+def fits_folder() -> Path:
+    """Return where the measurements of ``ifp fit`` are kept."""
+    return home_folder() / "fits"
+
+
+def task_settings_folder() -> Path:
+    """Return where the settings of tasks are kept."""
+    return home_folder() / "tasks"
+
+
 def subnet_cache_folder() -> Path:
     """Return where sub-networks are cached."""
     named = os.environ.get("IFP_HOME")

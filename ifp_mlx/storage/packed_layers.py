@@ -44,6 +44,8 @@ def check_packed_layers(model: nn.Module, tensors: dict[str, StoredTensor]) -> N
         scales, weight = tensors.get(f"{path}.scales"), tensors.get(f"{path}.weight")
         if scales is None or not hasattr(module, "to_quantized"):
             continue
+        if f"{path}.qweight" in tensors:
+            continue  # another library's layout
         *rows, columns = module.weight.shape  # of a matrix, or of a stack of them
         if weight is None or weight.dtype != "U32" or len(weight.shape) != len(rows) + 1:
             raise ValueError(f"{path} has scales but no packed weight")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ifp_mlx.errors import CheckpointError
+from ifp_mlx.storage.misnamed import what_it_is
 
 _MAX_HEADER_BYTES = 100_000_000  # as in the reference implementation
 _MAX_RANK = 8
@@ -22,7 +23,7 @@ _MAX_NAME_LENGTH = 512
 # The dtypes that MLX reads -> bytes a value.
 ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8,
-    "F16": 2, "BF16": 2, "F32": 4, "F64": 8,
+    "F16": 2, "BF16": 2, "F32": 4,
 }  # fmt: skip
 
 
@@ -54,7 +55,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         with path.open("rb") as file:
             file_bytes = file.seek(0, 2)
             file.seek(0)
-            header_bytes = int.from_bytes(file.read(8), "little")
+            beginning = file.read(64)
+            if (problem := what_it_is(path, beginning)) is not None:
+                raise CheckpointError(f"{path} {problem}")
+            header_bytes = int.from_bytes(beginning[:8], "little")
+            file.seek(8)
             if file_bytes < 8 or header_bytes > min(file_bytes - 8, _MAX_HEADER_BYTES):
                 raise _damaged(path, f"its header length {header_bytes} does not fit the file")
             content = file.read(header_bytes)
@@ -107,8 +112,8 @@ def _stored_tensor(path: Path, name: str, entry: Any, start: int) -> StoredTenso
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(
-            f"{path}: tensor {shown} has the dtype {str(dtype)[:20]!r}; these can be read: "
-            f"{', '.join(ITEM_BYTES)}"
+            f"{path}: tensor {shown} has the dtype {str(dtype)[:20]!r}, which mlx does not read; "
+            f"get or save the model in one of these: {', '.join(ITEM_BYTES)}"
         )
     if not _are_sizes(shape) or len(shape) > _MAX_RANK:
         raise _damaged(path, f"tensor {shown} has the shape {str(shape)[:80]}")

@@ -25,13 +25,11 @@ def weight_files(path: Path) -> list[Path]:
     if (path / INDEX).exists():
         names = sorted(set(weight_map(path).values()))
         missing = [name for name in names if not (path / name).exists()]
-        if missing and not (path / _SINGLE).exists():
-            raise CheckpointError(f"{path} lacks {named(missing)}; download the model again")
         if missing:
+            or_else = f", or remove {INDEX} if {_SINGLE} is the whole model"
             raise CheckpointError(
-                f"{path}: {INDEX} names files that are not there ({named(missing)}), but there is "
-                f"a {_SINGLE}; download what is missing, or remove {INDEX} if {_SINGLE} is the "
-                "whole model"
+                f"{path} lacks {named(missing)}, which {INDEX} names; download the model again"
+                f"{or_else if (path / _SINGLE).exists() else ''}"
             )
     else:
         names = _without_index(path)

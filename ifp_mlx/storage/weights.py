@@ -5,6 +5,9 @@ tokenizer files. Everything is validated before mlx-lm reads it; what does not f
 ``CheckpointError``. Nothing is unpickled, no code of the checkpoint is run.
 """
 
+import dataclasses
+import functools
+import glob
 import os
 import re
 from collections.abc import Callable
@@ -14,17 +17,21 @@ from typing import Any, Literal, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from ifp_mlx.errors import CheckpointError
-from ifp_mlx.storage.config_file import check_links, read_config, read_json
+from ifp_mlx.errors import CheckpointError, ConfigError, IFPError
+from ifp_mlx.storage.config_file import read_config
+from ifp_mlx.storage.foreign_quantization import check_awq_layers, check_foreign_quantization
 from ifp_mlx.storage.packed_layers import check_packed_layers, check_quantization
+from ifp_mlx.storage.rope_check import check_rope_scaling
 from ifp_mlx.storage.tensor_files import StoredTensor, read_header
+from ifp_mlx.storage.tied_head import settle_head, without_tied_head
 from ifp_mlx.storage.transformers_import import finish_importing_transformers
+from ifp_mlx.storage.weight_files import INDEX, named, weight_files, weight_map
 from ifp_mlx.units.kinds import UnitShape
 from ifp_mlx.units.model_config import ModelConfig
 from ifp_mlx.units.modules import unit_shape
 
+_WRONG_TENSORS = re.compile(r"(Missing|Received) (\d+) parameters[^:]*: (.*)\.")
 _LAYER_NUMBER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
-_ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_local_base_freq", "partial_rotary_factor")
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:
@@ -33,25 +40,20 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     Raises:
         CheckpointError: there are no weights, only pickled ones, or a file is damaged.
     """
-    check_links(path)
-    files = sorted(path.glob("model*.safetensors"))
-    if not files:
-        pickled = [p.name for ending in ("*.bin", "*.pt", "*.pth") for p in path.glob(ending)]
-        if pickled:
-            raise CheckpointError(
-                f"{path} has only pickled weights ({pickled[0]}), which can run code when read; "
-                "get the safetensors version of this model"
-            )
-        raise CheckpointError(f"{path} has no model*.safetensors; convert or download it again")
     tensors: dict[str, StoredTensor] = {}
-    for file in files:
+    for file in weight_files(path):
         for name, tensor in read_header(file).items():
             if name in tensors:
                 raise CheckpointError(
-                    f"{path}: tensor {name!r} is in {tensors[name].path.name} and in {file.name}"
+                    f"{path}: tensor {name!r} is in {tensors[name].path.name} and in {file.name}; "
+                    "move away the file that does not belong to this model"
                 )
             tensors[name] = tensor
-    _check_index(path, tensors)
+    for name, file_name in weight_map(path).items():
+        if name not in tensors or tensors[name].path.name != file_name:
+            raise CheckpointError(
+                f"{path / INDEX}: tensor {name!r} is not in {file_name}; download both again"
+            )
     return tensors
 
 
@@ -76,37 +78,59 @@ def load_model(
         ConfigError: config.json lacks what the family needs.
         ArchitectureError: the family is not in the FFN table.
     """
+    known = read_config(path)
+    tensors = stored_tensors(path)
+    added = check_foreign_quantization(known.content, path)
+    _check_layer_count(path, known, tensors)
     # Here because mlx-lm brings transformers, which take more than a second.
     finish_importing_transformers()
     from mlx_lm.utils import _get_classes, dequantize_model
     from mlx_lm.utils import load_model as load_mlx_model
+
+    settled = dataclasses.replace(known, content=settle_head(known, tensors, path))
+    settings = {**settled.content, **added}
+    is_tied = settled.settings.get("tie_word_embeddings") is not False
+    built: list[nn.Module] = []
 
     def checked_classes(config: dict[str, Any]) -> tuple[Callable[[Any], nn.Module], type]:
         model_class, arguments_class = _get_classes(config)
 
         def build(arguments: Any) -> nn.Module:
             model: nn.Module = model_class(arguments)
+            check_rope_scaling(model, known)
             check_packed_layers(model, tensors)
+            check_awq_layers(model, tensors, settings)
+            model.sanitize = functools.partial(_sanitized, model, tensors, is_tied)
+            built.append(model)
             return model
 
         return build, arguments_class
 
-    config = read_config(path)
-    settings = config.content
-    tensors = stored_tensors(path)
-    _check_layer_count(path, config, tensors)
     try:
         if "quantization" in settings:
             check_quantization(settings["quantization"])
-        rope = {key: settings[key] for key in _ROPE_KEYS if key in settings}
         model, content = load_mlx_model(
-            path, lazy=True, model_config=rope, get_model_classes=cast(Any, checked_classes)
+            cast(Path, _Seen(path, next(iter(tensors.values())).path)),
+            lazy=True,
+            model_config=settings,
+            get_model_classes=cast(Any, checked_classes),
         )
+        del model.sanitize
+    except IFPError:
+        raise
     except Exception as error:  # mlx-lm reports a bad checkpoint with whatever comes first
-        reason = " ".join(str(error).split())[:200]
+        reason = _reason(error)
+        if not built and not isinstance(error, ValueError):
+            raise ConfigError(f"{path}/config.json does not make a model ({reason})") from error
         raise CheckpointError(
-            f"{path}: config.json and the weights disagree ({reason}); convert the model again"
+            f"{path}: config.json and the weights disagree ({reason}); "
+            "get both again from where the model comes from"
         ) from error
+    content = {
+        key: value
+        for key, value in content.items()
+        if key in settings or (value is not None and key.startswith("quantization"))
+    }
     if dtype == "auto":
         dtype = automatic_dtype(model)
     if dtype is not None:
@@ -117,6 +141,18 @@ def load_model(
         require_finite(path)
         mx.eval(model.parameters())
     return model, content
+
+
+def settled_config(path: Path) -> ModelConfig:
+    """Return a checkpoint's configuration; what it leaves open about the head, the weights say.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+        ConfigError: config.json does not fit.
+        ArchitectureError: the family is not in the table.
+    """
+    known = read_config(path)
+    return dataclasses.replace(known, content=settle_head(known, stored_tensors(path), path))
 
 
 def stored_unit_shape(path: Path) -> UnitShape:
@@ -159,20 +195,45 @@ def require_finite(path: Path) -> None:
                 )
 
 
-def _check_index(path: Path, tensors: dict[str, StoredTensor]) -> None:
-    index_path = path / "model.safetensors.index.json"
-    if not index_path.exists():
-        return
-    weight_map = read_json(index_path).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{index_path} has no weight_map; download it again")
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or file != Path(file).name or file in ("", ".", ".."):
-            raise CheckpointError(f"{index_path} names a file outside the checkpoint: {file!r}")
-        if not (path / file).exists():
-            raise CheckpointError(f"{path} lacks {file}; download the model again")
-        if name not in tensors or tensors[name].path.name != file:
-            raise CheckpointError(f"{index_path}: tensor {name!r} is not in {file}")
+def _reason(error: Exception) -> str:
+    """Return what mlx says of a model and its weights as one line with a few names."""
+    text = " ".join(str(error).split())
+    found = _WRONG_TENSORS.fullmatch(text)
+    if found is None:
+        return text[:200]
+    what = "lack" if found[1] == "Missing" else "have, and the model has no place for,"
+    noun = "tensor" if found[2] == "1" else "tensors"
+    return f"the weights {what} {found[2]} {noun}: {named(found[3].split(', '))}"
+
+
+class _Seen:
+    """A checkpoint directory as mlx-lm is to see it: with one weight file.
+
+    It would read every ``model*.safetensors``, stray and broken ones, too.
+    """
+
+    def __init__(self, path: Path, file: Path):
+        self._path = path
+        self._file = file
+
+    def __truediv__(self, name: str) -> str | Path:
+        return glob.escape(str(self._file)) if "*" in name else self._path / name
+
+
+def _sanitized(
+    model: nn.Module, tensors: dict[str, StoredTensor], is_tied: bool, seen: dict[str, mx.array]
+) -> dict[str, mx.array]:
+    """Return all weights as the model's own class wants them, for mlx-lm. Lazy."""
+    del seen  # of one file
+    files = dict.fromkeys(tensor.path for tensor in tensors.values())
+    weights = {
+        name: array
+        for file in files
+        for name, array in cast(dict[str, mx.array], mx.load(str(file))).items()
+    }
+    weights = without_tied_head(weights, model, is_tied=is_tied)
+    own = getattr(type(model), "sanitize", lambda model, weights: weights)
+    return cast(dict[str, mx.array], own(model, weights))
 
 
 def _check_layer_count(path: Path, config: ModelConfig, tensors: dict[str, StoredTensor]) -> None:

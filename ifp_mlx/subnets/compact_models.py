@@ -57,6 +57,12 @@ class CompactModels:
         self._store = store
         self._max_resident_bytes = max_resident_bytes
         self._resident: collections.OrderedDict[str, _Resident] = collections.OrderedDict()
+        self._released: set[str] = set()
+
+    def limit_resident_bytes(self, max_resident_bytes: int) -> None:
+        """Change the budget of the units in memory; the oldest go."""
+        self._max_resident_bytes = max_resident_bytes
+        self._evict()
 
     def get(self, selection: Selection, *, keep_on_disk: bool) -> CutModel:
         """Return the compact model of a selection. Evaluates.
@@ -73,6 +79,7 @@ class CompactModels:
             ResourceError: a large model's sub-network does not fit in memory.
         """
         digest = selection.digest
+        self._released.discard(digest)
         if digest in self._resident:
             self._resident.move_to_end(digest)
             return dataclasses.replace(self._resident[digest].cut, seconds=0.0, is_stored=False)
@@ -88,6 +95,18 @@ class CompactModels:
         self._resident[digest] = _Resident(selection, compact)
         self._evict()
         return compact
+
+    def release(self, selection: Selection) -> None:
+        """Say that a compact model in use is not needed any more.
+
+        It stays in memory for as long as there is room. Where there is none, the next one is made
+        of it layer by layer, and it is gone.
+        """
+        self._released.add(selection.digest)
+
+    def is_resident(self, selection: Selection) -> bool:
+        """Return whether a compact model is in memory, whole."""
+        return selection.digest in self._resident
 
     def _cut(self, selection: Selection) -> CutModel:
         start = time.perf_counter()
@@ -105,7 +124,13 @@ class CompactModels:
         if not alike:
             return None
         closest = max(alike, key=lambda resident: resident.selection.mean_overlap(selection))
-        return EarlierCut(closest.selection, closest.cut.model, is_disposable=False)
+        model, digest = closest.cut.model, closest.selection.digest
+        unit_bytes = sum(array.nbytes for array in unit_arrays(model).values())
+        dense = self._open_dense()
+        is_disposable = digest in self._released and not dense.has_room_for(selection, unit_bytes)
+        if is_disposable:
+            del self._resident[digest]
+        return EarlierCut(closest.selection, model, is_disposable)
 
     def _evict(self) -> None:
         sizes = {

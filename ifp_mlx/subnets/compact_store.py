@@ -7,6 +7,7 @@ units of each selection are another. Everything here can be deleted: it is made 
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -20,7 +21,7 @@ import mlx.nn as nn
 
 from ifp_mlx.errors import CheckpointError
 from ifp_mlx.selection.selection import Selection
-from ifp_mlx.slicing.compact import CutModel
+from ifp_mlx.slicing.compact import CutModel, ModelSize
 from ifp_mlx.storage.arrays import load_arrays, save_arrays
 from ifp_mlx.storage.files import require_free_disk
 from ifp_mlx.storage.tensor_files import read_header
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_MAX_BYTES = 2 * 10**9
 """About ten sub-networks of the default model in float32, half its units kept."""
 
-_FORMAT_VERSION = "2"
+_FORMAT_VERSION = "3"
 _SHARED = "shared.safetensors"
 _SUFFIX = ".safetensors"
 
@@ -91,7 +92,7 @@ class CompactStore:
             )
             loaded = CutModel(
                 model,
-                total_parameters=int(header["total_parameters"]),
+                ModelSize(*json.loads(header["source"])),
                 requantization_error=float(header["requantization_error"]),
                 seconds=reading_s,  # building waits for the import of mlx-lm, if that still runs
                 is_stored=True,
@@ -132,7 +133,7 @@ class CompactStore:
         header = {
             "packed": json.dumps(packed),
             "requantization_error": repr(compact.requantization_error),
-            "total_parameters": str(compact.total_parameters),
+            "source": json.dumps(dataclasses.astuple(compact.source)),
         }
         if self._shared is None:
             self._shared = shared

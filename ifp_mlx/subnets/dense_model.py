@@ -19,6 +19,7 @@ from ifp_mlx.slicing.compact import (
     DEFAULT_CUT,
     CutModel,
     CutOptions,
+    ModelSize,
     RequantizationError,
     slice_model,
 )
@@ -42,6 +43,14 @@ class DenseModel(Protocol):
         """Whether it is so small against the machine's memory that nothing needs predicting."""
 
     @property
+    def is_kept(self) -> bool:
+        """Whether the whole of it stays in memory."""
+
+    @property
+    def sizes(self) -> memory.CheckpointSizes:
+        """What its parts take in the type that it computes in."""
+
+    @property
     def reader(self) -> nn.Module:
         """The model for a selector's pass; its weights are not to be evaluated by name."""
 
@@ -50,11 +59,14 @@ class DenseModel(Protocol):
         """The model for what its modules say; its weights need not be in memory."""
 
     @property
-    def total_parameters(self) -> int:
-        """The number of its parameters; nothing is loaded."""
+    def size(self) -> ModelSize:
+        """How large it is; nothing is loaded."""
 
     def whole(self) -> nn.Module:
         """Return the whole model in memory."""
+
+    def has_room_for(self, selection: Selection, other_bytes: int) -> bool:
+        """Return whether the sub-network of a selection fits beside some other bytes."""
 
     def cut(
         self,
@@ -91,7 +103,7 @@ def open_dense_model(
     is_small = sizes.dense_bytes <= SMALL_SHARE_OF_MEMORY * available_bytes
     if is_small:  # of a large one, what is cut is checked each time
         weights.require_finite(path)
-    return KeptModel(path, dtype, options, is_small=is_small, lazy=lazy)
+    return KeptModel(path, dtype, sizes, options, is_small=is_small, lazy=lazy)
 
 
 class KeptModel:
@@ -100,21 +112,26 @@ class KeptModel:
     Args:
         path: the checkpoint directory.
         dtype: the type to compute in; None as it is stored.
+        sizes: of the checkpoint in that type.
         options: how it is cut.
         is_small: as ``DenseModel`` says.
         lazy: leave the weights on disk until they are used.
     """
 
+    is_kept = True
+
     def __init__(
         self,
         path: Path,
         dtype: mx.Dtype | None,
+        sizes: memory.CheckpointSizes,
         options: CutOptions,
         *,
         is_small: bool,
         lazy: bool,
     ):
         self.is_small = is_small
+        self.sizes = sizes
         self._path = path
         self._dtype = dtype
         self._options = options
@@ -130,14 +147,18 @@ class KeptModel:
         return self.whole()
 
     @functools.cached_property
-    def total_parameters(self) -> int:
-        """The number of its parameters; nothing is loaded."""
-        return _count_parameters(self.skeleton)
+    def size(self) -> ModelSize:
+        """How large it is; nothing is loaded."""
+        return ModelSize.of(self.skeleton)
 
     def whole(self) -> nn.Module:
         """Return the model, which is loaded as it is used."""
         self._is_loaded = True
         return self.skeleton
+
+    def has_room_for(self, selection: Selection, other_bytes: int) -> bool:
+        """Return True: it was kept because there is room for sub-networks beside it."""
+        return True
 
     def cut(
         self,
@@ -174,7 +195,7 @@ class KeptModel:
         return _checked(
             CutModel(
                 model=compact,
-                total_parameters=self.total_parameters,
+                source=self.size,
                 requantization_error=error.relative,
                 seconds=time.perf_counter() - start,
             )
@@ -192,6 +213,7 @@ class StreamedModel:
     """
 
     is_small = False
+    is_kept = False
 
     def __init__(
         self,
@@ -202,7 +224,7 @@ class StreamedModel:
     ):
         self._path = path
         self._dtype = dtype
-        self._sizes = sizes
+        self.sizes = sizes
         self._options = options
         # What sub-networks share with one another; its arrays with units are never evaluated.
         self.skeleton, _ = weights.load_model(path, dtype, lazy=True)
@@ -213,9 +235,9 @@ class StreamedModel:
         return layerwise_model(self._path, self._dtype, shared=self.skeleton)
 
     @functools.cached_property
-    def total_parameters(self) -> int:
-        """The number of its parameters; nothing is loaded."""
-        return _count_parameters(self.skeleton)
+    def size(self) -> ModelSize:
+        """How large it is; nothing is loaded."""
+        return ModelSize.of(self.skeleton)
 
     def whole(self) -> nn.Module:
         """Return the whole model, loaded anew at each call.
@@ -223,8 +245,14 @@ class StreamedModel:
         Raises:
             ResourceError: it does not fit in memory.
         """
-        self._require_memory(self._sizes.amounts.num_units)
+        self._require_memory(self.sizes.amounts.num_units)
         return weights.load_model(self._path, self._dtype)[0]
+
+    def has_room_for(self, selection: Selection, other_bytes: int) -> bool:
+        """Return whether the sub-network of a selection fits beside some other bytes."""
+        options = self._options
+        needed = self.sizes.predict(selection.num_kept_units, options.context_tokens).total_bytes
+        return needed + other_bytes <= memory.usable_memory_bytes(options.memory_bytes)
 
     def cut(
         self,
@@ -253,7 +281,7 @@ class StreamedModel:
     def _require_memory(self, num_kept_units: int) -> None:
         if not self._options.force:
             memory.require_memory(
-                self._sizes,
+                self.sizes,
                 num_kept_units,
                 self._options.context_tokens,
                 memory.usable_memory_bytes(self._options.memory_bytes),
@@ -270,9 +298,3 @@ def _reusable(earlier: EarlierCut | None, adapt: Adapt | None) -> EarlierCut | N
 def _checked(cut: CutModel) -> CutModel:
     """Return a compact model that no kernel of this machine computes wrongly. Evaluates."""
     return dataclasses.replace(cut, model=check_quantized_kernels(cut.model))
-
-
-def _count_parameters(model: nn.Module) -> int:
-    from mlx_lm.utils import get_total_parameters
-
-    return int(get_total_parameters(model))

@@ -6,6 +6,8 @@ import mlx.nn as nn
 
 from ifp_mlx.selection.selection import Selection
 from ifp_mlx.selection.spec import SelectorSpec
+from ifp_mlx.slicing.compact import ModelSize
+from ifp_mlx.subnets.task_cache import Reuse
 from ifp_mlx.units.kinds import UnitKind
 
 DENSE = SelectorSpec("dense")
@@ -24,14 +26,16 @@ class SubNetwork:
         kind: of the units.
         num_kept_units: K.
         num_units: F.
-        active_parameters: parameters of ``model``.
-        total_parameters: parameters of the dense model.
+        size: of ``model``.
+        source: the size of the dense model.
         from_cache: the selection was read from the cache, nothing was selected.
         reused_task: the description of another cached task whose sub-network serves this one.
         reuse_overlap: share of kept units that the two tasks have in common.
+        close_task: another cached task with much the same units, which was not taken.
         selection_s: seconds to select, 0 from the cache.
         slicing_s: seconds to slice or load it, 0 when the compact model was still resident.
         weights_from_disk: the compact model was stored by an earlier run, nothing was sliced.
+        reader: a part of ``model`` that reads prompts in its place; None where it reads itself.
         requantization_error: relative error of quantizing columns of down projections again; 0
             where that was not needed.
     """
@@ -43,12 +47,14 @@ class SubNetwork:
     kind: UnitKind
     num_kept_units: int
     num_units: int
-    active_parameters: int
-    total_parameters: int
+    size: ModelSize
+    source: ModelSize
     from_cache: bool = False
     reused_task: str | None = None
     reuse_overlap: float | None = None
+    close_task: Reuse | None = None
     selection_s: float = 0.0
     slicing_s: float = 0.0
     weights_from_disk: bool = False
     requantization_error: float = 0.0
+    reader: "SubNetwork | None" = None

@@ -149,18 +149,23 @@ class TaskCache:
     def lock(self, key: CacheKey) -> Iterator[None]:
         """Hold one key's lock, so that two processes do not select for it at the same time.
 
+        Where the folder cannot be written nothing will be, and nothing needs the lock.
+
         Raises:
-            CacheError: the folder cannot be written, or another process holds the lock for minutes.
+            CacheError: another process holds the lock for minutes.
         """
-        lock_path = self.folder / f".{key.digest}.lock"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(lock_path, timeout=_LOCK_TIMEOUT_S):
-                yield
-        except filelock.Timeout as error:
-            raise CacheError(f"another process has held {lock_path} for minutes") from error
-        except OSError as error:
-            raise CacheError(f"cannot use the cache {self.folder}: {error.strerror}") from error
+        lock = filelock.FileLock(self.folder / f".{key.digest}.lock", timeout=_LOCK_TIMEOUT_S)
+        with contextlib.ExitStack() as held:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                held.enter_context(lock)
+            except filelock.Timeout as error:
+                raise CacheError(
+                    f"another process has held {lock.lock_file} for minutes"
+                ) from error
+            except OSError as error:
+                logger.debug("the cache is not locked: %s", error)
+            yield
 
     def get(self, key: CacheKey) -> tuple[Selection, Reuse | None] | None:
         """Return the selection stored for ``key`` and whose it is, or None. Counts as a use.

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ifp_mlx.selection.calibration import CalibrationExample
-from ifp_mlx.storage.tokenizer import ChatTokenizer
+from ifp_mlx.storage.tokenizer import ChatTokenizer, chat_ids
 from ifp_mlx.text.records import (
     BadLines,
     check_document,
     check_prompt_response,
     is_usable_text,
+    messages_of,
     read_records,
 )
 
@@ -87,10 +88,4 @@ def _check(record: dict[str, Any]) -> str | None:
 def _token_ids(record: dict[str, Any], tokenizer: ChatTokenizer) -> list[int]:
     if "text" in record:
         return list(tokenizer.encode(record["text"]))
-    messages = record.get("messages") or [
-        {"role": "user", "content": record["prompt"]},
-        {"role": "assistant", "content": record["response"]},
-    ]
-    if tokenizer.chat_template is None:
-        return list(tokenizer.encode("\n\n".join(message["content"] for message in messages)))
-    return list(tokenizer.apply_chat_template(messages, return_dict=False))
+    return chat_ids(tokenizer, messages_of(record), add_generation_prompt=False)

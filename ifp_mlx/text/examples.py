@@ -19,6 +19,7 @@ from ifp_mlx.text.records import (
     BadLines,
     check_document,
     check_prompt_response,
+    messages_of,
     read_records,
 )
 
@@ -174,15 +175,19 @@ def tokenise_files(
     for path in instruction_files:
         names.append(domain_of(path))
         for record in read_records(path, check_prompt_response, bad):
-            if not rules.excludes(record):
-                _add_instruction(builder, len(names) - 1, record, tokenizer, rules, bad)
+            if rules.excludes(record):
+                bad.counts["excluded source"] += 1
+                continue
+            _add_instruction(builder, len(names) - 1, record, tokenizer, rules, bad)
     documents = [domain_of(path) for path in document_files]
     for path in document_files:
         names.append(domain_of(path))
         records = read_records(path, check_document, bad)
         for record in itertools.islice(records, 0, None, rules.document_stride):
-            if not rules.excludes(record):
-                _add_document(builder, len(names) - 1, record["text"], tokenizer, rules)
+            if rules.excludes(record):
+                bad.counts["excluded source"] += 1
+                continue
+            _add_document(builder, len(names) - 1, record["text"], tokenizer, rules, bad)
     if not builder.spans:
         raise DataError("no training example is left after filtering; check `data` and the rules")
     return builder.build(names, documents)
@@ -205,10 +210,7 @@ def _add_instruction(
     bad: BadLines,
 ) -> None:
     """Add a prompt and its response, or a conversation; the loss is on the responses."""
-    messages = record.get("messages") or [
-        {"role": "user", "content": record["prompt"]},
-        {"role": "assistant", "content": record["response"]},
-    ]
+    messages = messages_of(record)
     ids: list[int] = []
     target: list[bool] = []
     for index, message in enumerate(messages):
@@ -232,11 +234,19 @@ def _add_instruction(
 
 
 def _add_document(
-    builder: _Builder, domain: int, text: str, tokenizer: ChatTokenizer, rules: ExampleRules
+    builder: _Builder,
+    domain: int,
+    text: str,
+    tokenizer: ChatTokenizer,
+    rules: ExampleRules,
+    bad: BadLines,
 ) -> None:
     """Add a document's windows: the mask from chunk c serves chunk c + 1 behind the prefix."""
     ids = tokenizer.encode(text, add_special_tokens=False)
-    for start, end in document_spans(len(ids), rules):
+    spans = list(document_spans(len(ids), rules))
+    if not spans:
+        bad.counts["document shorter than two chunks"] += 1
+    for start, end in spans:
         window = ids[start:end]
         size = rules.chunk_tokens
         for chunk in range(1, len(window) // size):

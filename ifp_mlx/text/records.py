@@ -1,7 +1,14 @@
-"""Records from JSON-lines files or the hub: one clear error with file and line."""
+"""Records from JSON-lines files or the hub: one clear error with file and line.
 
+A record is a document (``text``), a pair (``prompt``, ``response``) or a conversation
+(``messages``). A conversation is a pair as well, wherever one is wanted: its last answer is the
+response, and what was said before it is the question.
+"""
+
+import codecs
 import collections
 import json
+import logging
 import lzma
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +16,8 @@ from typing import Any
 
 from ifp_mlx.errors import DataError
 from ifp_mlx.text.hub_records import HubSource
+
+logger = logging.getLogger(__name__)
 
 MAX_LINE_BYTES = 4_000_000
 """A longer line is a damaged file rather than an example."""
@@ -38,6 +47,12 @@ class BadLines:
             )
         self.counts[reason] += 1
 
+    def warn(self, path: Path) -> None:
+        """Log how many lines of a file were left out, and why; for callers that show no counts."""
+        if self.counts:
+            reasons = ", ".join(f"{reason} ({count})" for reason, count in self.counts.items())
+            logger.warning("%s: left out %d lines: %s", path, self.counts.total(), reasons)
+
 
 def read_records(
     path: Path, check: Callable[[dict[str, Any]], str | None], bad: BadLines
@@ -55,6 +70,7 @@ def read_records(
     good = 0
     hub = HubSource.parse(path)
     for number, record, reason in _rows(hub) if hub else _lines(path):
+        record = _with_prompt_and_response(record)
         reason = reason or check(record)
         if reason is not None:
             bad.report(path, number, reason)
@@ -71,12 +87,19 @@ def _rows(hub: HubSource) -> Iterator[tuple[int, dict[str, Any], str | None]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any], str | None]]:
-    """Yield (line number, record, why it is none) of the lines with something on them."""
+    """Yield (line number, record, why it is none) of the lines with something on them.
+
+    Raises:
+        DataError: the file cannot be read, or is no UTF-8 text at all.
+    """
     try:
         with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
             number = 0
             while line := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
+                if number == 1:
+                    _refuse_utf_16(path, line)
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 if len(line) > MAX_LINE_BYTES:
                     while line and not line.endswith(b"\n"):
                         line = file.readline(MAX_LINE_BYTES)
@@ -102,6 +125,23 @@ def check_prompt_response(record: dict[str, Any]) -> str | None:
     return None
 
 
+def messages_of(record: dict[str, Any]) -> list[dict[str, str]]:
+    """Return a checked record as a conversation."""
+    messages: list[dict[str, str]] = record.get("messages") or [
+        {"role": "user", "content": record["prompt"]},
+        {"role": "assistant", "content": record["response"]},
+    ]
+    return messages
+
+
+def question_of(record: dict[str, Any]) -> list[dict[str, str]]:
+    """Return what a checked record's response answers: all that was said before it."""
+    if "messages" not in record:
+        return [{"role": "user", "content": record["prompt"]}]
+    messages = messages_of(record)
+    return messages[: _last_answer(messages)]
+
+
 def check_document(record: dict[str, Any]) -> str | None:
     """Return why a record is not a document."""
     return None if is_usable_text(record.get("text")) else "field 'text' is missing or empty"
@@ -121,6 +161,42 @@ def _check_messages(messages: object) -> str | None:
     return None
 
 
+def _last_answer(messages: list[dict[str, str]]) -> int:
+    return max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+
+
+def _with_prompt_and_response(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record in which a conversation also has the two fields that a pair has."""
+    if "messages" not in record:
+        return record
+    messages = record["messages"]
+    if isinstance(messages, list):
+        messages = [_with_plain_content(message) for message in messages]
+    if _check_messages(messages) is not None:
+        return record  # the check says so
+    question = messages[: _last_answer(messages)]
+    prompt = [message["content"] for message in question if message["role"] == "user"][-1]
+    response = messages[len(question)]["content"]
+    return {**record, "messages": messages, "prompt": prompt, "response": response}
+
+
+def _with_plain_content(message: Any) -> Any:
+    """Return a message whose content, if it is a list of text parts, is one text."""
+    parts = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(parts, list) or not all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts
+    ):
+        return message
+    return {**message, "content": "".join(part["text"] for part in parts)}
+
+
+def _refuse_utf_16(path: Path, line: bytes) -> None:
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in line[:4]:
+        raise DataError(
+            f"{path} is UTF-16 text; convert it first, for example with iconv -f UTF-16 -t UTF-8"
+        )
+
+
 def _parse(line: bytes) -> tuple[dict[str, Any], str | None]:
     try:
         record = json.loads(line.decode("utf-8"))
@@ -130,4 +206,9 @@ def _parse(line: bytes) -> tuple[dict[str, Any], str | None]:
         return {}, "not JSON"
     if not isinstance(record, dict):
         return {}, "not a JSON object"
+    if b"\\u" in line:  # the only way to write half a character
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return {}, "half a character, a lone surrogate"
     return record, None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from ifp_mlx.units.kinds import Family
 
 _MAX_SIZE = 2**31
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+# Settings that are real numbers, also where they happen to be whole.
+_REAL = re.compile("theta|eps|scal|factor|cap|multiplier|drop|range|coef|freq|beta|alpha|std|limit")
 _NUMBERS = (
     "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "rope_theta",
     "rope_local_base_freq", "query_pre_attn_scalar", "attn_logit_softcapping",
@@ -63,7 +66,8 @@ class ModelConfig:
         if not isinstance(model_type, str):
             raise ConfigError(f"{where} has no model_type")
         family = find_family(model_type)
-        top, content = content, _settings_of(content, family)
+        top = _normalised(content)
+        content = _settings_of(top, family)
         names = {key: family.config_names.get(key, key) for key in _SIZES}
         for key in (*names.values(), *family.kind.config_fields):
             _check_size(content, key, where)
@@ -87,7 +91,7 @@ class ModelConfig:
             num_key_value_heads=int(optional("num_key_value_heads") or num_heads),
             head_dim=int(optional("head_dim") or sizes["hidden_size"] // num_heads),
             context_length=int(optional("max_position_embeddings") or _MAX_SIZE),
-            content={**rope_at_top(top), **top},
+            content=_with_rope_names({**rope_at_top(top), **top}),
         )
 
     @property
@@ -95,13 +99,16 @@ class ModelConfig:
         """The part of the content that is about the text model."""
         return _settings_of(self.content, self.family)
 
-    def content_for(self, num_kept_units: int) -> dict[str, Any]:
-        """Return what config.json says of a compact model with K units."""
-        amounts = dict.fromkeys(self.family.kind.config_fields, num_kept_units)
+    def with_settings(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the content with some settings of the text model changed."""
         name = self.family.settings
         if name is None or name not in self.content:
-            return {**self.content, **amounts}
-        return {**self.content, name: {**self.content[name], **amounts}}
+            return {**self.content, **changes}
+        return {**self.content, name: {**self.content[name], **changes}}
+
+    def content_for(self, num_kept_units: int) -> dict[str, Any]:
+        """Return what config.json says of a compact model with K units."""
+        return self.with_settings(dict.fromkeys(self.family.kind.config_fields, num_kept_units))
 
 
 def rope_at_top(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,6 +128,41 @@ def rope_at_top(content: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: value for key, value in found.items() if value is not None and content.get(key) is None
     }
+
+
+def _normalised(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content without what says nothing here, and with integers where they are meant.
+
+    ``auto_map`` names code for transformers, which is never run and would not be copied.
+    """
+    unset = {key for key in ("quantization", "quantization_config") if content.get(key) is None}
+    kept = {key: value for key, value in content.items() if key not in {"auto_map", *unset}}
+    whole: dict[str, Any] = _whole_numbers(kept)
+    return whole
+
+
+def _whole_numbers(value: Any, key: str = "") -> Any:
+    """Return a JSON value with ``32.0`` as ``32``, except where a real number is meant."""
+    if isinstance(value, dict):
+        return {name: _whole_numbers(own, name) for name, own in value.items()}
+    if isinstance(value, list):
+        return [_whole_numbers(own, key) for own in value]
+    if isinstance(value, float) and value.is_integer() and not _REAL.search(key):
+        return int(value)
+    return value
+
+
+def _with_rope_names(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content with a scaling of positions under all names that mlx-lm asks for."""
+    scaling = content.get("rope_scaling")
+    if not isinstance(scaling, dict):
+        return content
+    kind = scaling.get("type") or scaling.get("rope_type")
+    names = {} if kind is None else {"type": kind, "rope_type": kind}
+    original = "original_max_position_embeddings"  # beside the scaling in Phi-3, else in it
+    length = content.get(original) or scaling.get(original)
+    lengths = {} if length is None or kind not in ("longrope", "su") else {original: length}
+    return {**content, **lengths, "rope_scaling": {**scaling, **lengths, **names}}
 
 
 def _settings_of(content: Mapping[str, Any], family: Family) -> Mapping[str, Any]:

@@ -208,7 +208,7 @@ def test_a_tied_embedding_is_read_in_every_step() -> None:
 
 
 @pytest.mark.parametrize("bits", [16, 4])
-def test_latency_compares_five_rows(bits: int) -> None:
+def test_latency_compares_six_rows(bits: int) -> None:
     options = runs.ModelOptions("tiny", predictor="tiny", dtype="float32", bits=bits)
     parts: list[dict[str, Any]] = []
     content = runs.run_latency(
@@ -218,7 +218,7 @@ def test_latency_compares_five_rows(bits: int) -> None:
         decode_repeats=1,
         on_part=parts.append,
     )
-    assert [len(part["rows"]) for part in parts] == [5, 10]
+    assert [len(part["rows"]) for part in parts] == [6, 12]
     assert json.loads(json.dumps(content)) == json.loads(json.dumps(parts[-1]))
     source, per_input = content["rows"][0], _row(content, latency.PER_INPUT)
     assert source["ttft_to_dense"] == 1.0
@@ -230,7 +230,8 @@ def test_latency_compares_five_rows(bits: int) -> None:
     assert per_input["parameters"] == _row(content, latency.SMALL)["parameters"]
     per_layer = 64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 192 + 2 * 64
     assert source["parameters"] == 3 * per_layer + 64 + 2 * 512 * 64  # of packed ones, unpacked
-    assert content["rows"][5]["decode"] is None
+    assert content["rows"][6]["decode"] is None
+    assert _row(content, latency.READ)["decode"] == source["decode"]
 
 
 def test_latency_of_a_mixture_of_experts_has_one_row(tmp_path: Path) -> None:
@@ -255,6 +256,30 @@ def test_latency_of_a_mixture_of_experts_has_one_row(tmp_path: Path) -> None:
     # A step reads the experts of its tokens, not all of them: no share of bandwidth is claimed.
     assert row["decode"] is not None
     assert row["bandwidth_share"] is None
+
+
+def test_latency_of_a_part_of_the_experts(tmp_path: Path) -> None:
+    config = {
+        **shapes.SHAPES["qwen3-30b-a3b"].config,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "vocab_size": 67,
+    }
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    options = runs.ModelOptions(str(path), (4,), predictor="tiny", dtype="float32")
+    content = runs.run_latency(options, [Workload(12, 3)], repeats=ONCE, decode_repeats=1)
+    per_task, small = _row(content, latency.PER_TASK), _row(content, latency.SMALL)
+    assert per_task["parameters"] == small["parameters"] < content["rows"][0]["parameters"]
+    assert per_task["step_bytes"] is None
+    rows = runs.run_slicing(options, repeats=ONCE)["rows"]
+    assert {row["num_bytes"] for row in rows} == {2 * 4 * (3 * 32 * 24 + 32) * 4}
 
 
 def test_a_run_bounds_what_freed_arrays_hold_and_then_lifts_the_bound() -> None:

@@ -81,7 +81,7 @@ def test_chat_dense_off_and_task_keep_the_amount(ifp: Run, word_model: Path) -> 
 
 def test_chat_stats_are_of_what_answered(ifp: Run, word_model: Path) -> None:
     errors = ifp("chat", "--model", word_model, stdin="hello\n/dense\n/stats\n").stderr
-    assert "128/192 units" in errors
+    assert "128/192 FFN units" in errors
 
 
 def test_chat_retry_answers_the_same_message_again(

@@ -77,7 +77,14 @@ def test_generate_joins_prompt_and_piped_text(
 
 def test_generate_stats_name_every_measurement(ifp: Run, word_model: Path) -> None:
     outcome = ifp("generate", "hello", "--model", word_model, "--stats", "--task", "say words")
-    for part in ("128/192 units", "parameters active", "selection", "slicing", "tokens/s", "peak"):
+    for part in (
+        "128/192 FFN units",
+        "parameters active",
+        "selection",
+        "slicing",
+        "tokens/s",
+        "peak",
+    ):
         assert part in outcome.stderr
     assert "tokens/s" not in outcome.stdout
 

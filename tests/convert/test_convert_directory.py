@@ -193,7 +193,7 @@ def test_units_can_be_stored_one_by_one_at_once(
 # Staging
 
 
-def test_staging_of_a_live_process_is_kept_and_of_a_dead_one_removed(tmp_path: Path) -> None:
+def test_one_process_at_a_time_writes_a_folder_and_remains_of_a_dead_one_go(tmp_path: Path) -> None:
     program = (
         "import os, sys, time\nfrom pathlib import Path\n"
         "from ifp_mlx.storage.files import staged_directory\n"
@@ -208,15 +208,18 @@ def test_staging_of_a_live_process_is_kept_and_of_a_dead_one_removed(tmp_path: P
     assert process.stdout is not None
     live = Path(process.stdout.readline().strip())
     try:
-        with staged_directory(target) as staging:
-            assert live.is_dir()
-            (staging / "config.json").write_text("{}")
+        for overwrite in (False, True):
+            with (
+                pytest.raises(UsageError, match=r"another process is writing .*model; wait for it"),
+                staged_directory(target, overwrite=overwrite),
+            ):
+                pass
         assert live.is_dir()
     finally:
         process.kill()
         process.wait()
         process.stdout.close()
-    with staged_directory(target, overwrite=True) as staging:
+    with staged_directory(target, overwrite=True):
         assert not live.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

@@ -28,7 +28,9 @@ CheckpointFactory = Callable[..., Path]
 TOKEN_IDS = [3, 60, 5, 41, 99]
 TOKENS = mx.array([TOKEN_IDS])
 NUM_UNITS, KEPT = 192, 128
-CARD = ModelCard("org/base", "mit", "write\nPython", "random", KEPT, NUM_UNITS, 3, 10, 20)
+CARD = ModelCard(
+    "org/base", "mit", "write\nPython", "random", KEPT, NUM_UNITS, 3, "FFN units", 10, 20
+)
 
 
 def random_selection(num_layers: int = 3, num_units: int = NUM_UNITS) -> Selection:
@@ -156,7 +158,7 @@ def test_exported_type_can_be_chosen(tiny_checkpoint: CheckpointFactory, tmp_pat
 
 def test_card_states_what_was_measured() -> None:
     card = ModelCard(
-        None, None, None, "blend", KEPT, NUM_UNITS, 3, 10, 20, adapted=True,
+        None, None, None, "blend", KEPT, NUM_UNITS, 3, "FFN units", 10, 20, adapted=True,
         requantization_error=0.00123,
         quality={"python": MeasuredQuality(2.0, 2.5, 1234), "yes or no": MeasuredQuality(7, 1, 99)},
     ).text("name")  # fmt: skip

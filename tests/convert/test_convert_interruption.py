@@ -50,7 +50,7 @@ def work(force):
     elif operation == "export":
         model = load_model(source)[0]
         selection = select_random(model, 64)
-        card = ModelCard(None, None, "x", "random", 64, 192, 3, 1, 2)
+        card = ModelCard(None, None, "x", "random", 64, 192, 3, "FFN units", 1, 2)
         compact = slice_model(model, selection)
         export_checkpoint(compact, selection, source, target, card, overwrite=force)
     else:

@@ -302,7 +302,7 @@ def test_weights_that_differ_from_the_published_hash_are_removed(hub: FakeHub, h
     with pytest.raises(DownloadError, match=r"the hub published 0000.*; it was removed, run the"):
         pull_model("org/tiny")
     assert not list((hub.cache / "models--org--tiny").rglob("model.safetensors"))
-    assert not (home / "models").exists()
+    assert not (home / "models" / "tiny").exists()
 
 
 def test_hub_without_safetensors_is_refused(hub: FakeHub) -> None:

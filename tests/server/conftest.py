@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,19 @@ import pytest
 from ifp_mlx.assistant import Assistant
 from ifp_mlx.chat.sampling import SamplingOptions
 from ifp_mlx.selection.calibration import CalibrationExample, calibrate
+from ifp_mlx.server.access import Access
 from ifp_mlx.server.catalog import ModelCatalog
-from ifp_mlx.server.engine import Engine, EngineOptions
+from ifp_mlx.server.engine import Engine
 from ifp_mlx.server.http import Limits, Server
+from ifp_mlx.server.request_log import RequestLog
 from ifp_mlx.server.requests import RequestDefaults
+from ifp_mlx.server.subnet_provider import EngineOptions
 from ifp_mlx.storage.weights import load_model
 
 NUM_KEPT_UNITS = 64
 TASKS = {"python-helper": "help me write Python", "mail": "write friendly e-mails to my aunt"}
 DEFAULT_LIMITS = Limits()
+OPEN = Access()
 
 
 @dataclasses.dataclass
@@ -31,6 +36,16 @@ class Running:
     server: Server
     log: list[str]
     clients: contextlib.ExitStack
+
+    def line_with(self, text: str) -> str:
+        """Return the log's line with some text; it is written after the answer."""
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            for line in list(self.log):
+                if text in line:
+                    return line
+            time.sleep(0.01)
+        raise AssertionError(f"no {text!r} in {self.log}")
 
     @property
     def url(self) -> str:
@@ -56,7 +71,7 @@ def checkpoint_folder(
 @pytest.fixture(scope="module")
 def engine(checkpoint_folder: Path) -> Iterator[Engine]:
     engine = Engine(
-        lambda: (Assistant.load(checkpoint_folder), NUM_KEPT_UNITS),
+        lambda: (Assistant.load(checkpoint_folder), lambda task: NUM_KEPT_UNITS),
         EngineOptions(),
     )
     yield engine
@@ -65,22 +80,22 @@ def engine(checkpoint_folder: Path) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def serve() -> Callable[..., contextlib.AbstractContextManager[Running]]:
-    """Return a context manager: an engine, limits, a key -> a running server."""
+    """Return a context manager: an engine, limits, who may use it -> a running server."""
 
     @contextlib.contextmanager
     def run(
-        engine: Any, limits: Limits = DEFAULT_LIMITS, api_key: str | None = None
+        engine: Any, limits: Limits = DEFAULT_LIMITS, access: Access = OPEN, **catalog: Any
     ) -> Iterator[Running]:
         log: list[str] = []
         server = Server(
             "127.0.0.1",
             0,
             engine=engine,
-            catalog=ModelCatalog("tiny", TASKS),
-            defaults=RequestDefaults(max_tokens=16, temperature=0.0, context_length=512),
+            catalog=ModelCatalog("tiny", TASKS, **catalog),
+            defaults=RequestDefaults(max_tokens=16, temperature=0.0),
             limits=limits,
-            api_key=api_key,
-            on_log=log.append,
+            access=access,
+            log=RequestLog(log.append),
         )
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()

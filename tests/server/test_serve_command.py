@@ -92,6 +92,27 @@ def test_a_port_that_is_taken_is_one_line(
     assert "Traceback" not in message
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--default-task", "mail"], "there is no task 'mail'"),
+        (["--allowed-origins", "example.org"], "'example.org' is no origin"),
+        (["--task", "write mails"], '--task NAME="write mails"'),
+        (["--task", "a b=write mails"], "cannot name a task"),
+    ],
+)
+def test_flags_that_do_not_fit_are_one_line(
+    tiny_checkpoint: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    says: str,
+) -> None:
+    assert run(["serve", "--model", str(tiny_checkpoint()), *flags]) == 2
+    message = capsys.readouterr().err
+    assert says in message
+    assert "Traceback" not in message
+
+
 def test_tasks_are_given_by_name() -> None:
     assert parse_tasks(["py=x = y", "mail=write"]) == {"py": "x = y", "mail": "write"}
     with pytest.raises(UsageError, match='--task NAME="help me"'):

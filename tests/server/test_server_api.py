@@ -15,9 +15,11 @@ import pytest
 from mlx_lm.generate import TextStateMachine
 from mlx_lm.server import GenerationContext, Response
 
+from ifp_mlx.server.access import Access
 from ifp_mlx.server.http import Limits
-from ifp_mlx.server.replies import Reply
+from ifp_mlx.server.replies import Answers, ChatReader, Reply
 
+MACHINE = TextStateMachine({"normal": []})
 NO_LOGPROBS: Any = ()  # as mlx-lm passes it where none are asked for
 
 Running = Any  # the classes of conftest.py cannot be imported
@@ -87,7 +89,49 @@ def test_a_request_may_carry_a_task(running: Running) -> None:
     assert other.system_fingerprint != named.system_fingerprint
 
 
-def test_the_first_message_selects_for_the_whole_conversation(running: Running) -> None:
+def test_the_bare_name_is_the_whole_model_for_every_conversation(running: Running) -> None:
+    client = running.client()
+    fingerprints = {
+        chat(client, name, text).system_fingerprint
+        for name in ("tiny", "tiny:dense", "")
+        for text in ("tell me of ships", "and of harbours")
+    }
+    assert len(fingerprints) == 1
+
+
+def test_the_bare_name_may_stand_for_one_task(serve: Serve, engine: Any, expected: Oracle) -> None:
+    with serve(engine, default_task="mail") as running:
+        answer = chat(running.client(), "tiny", "good morning")
+        assert answer.choices[0].message.content == expected(MAIL, "good morning")
+
+
+def test_a_system_message_may_be_the_task(serve: Serve, engine: Any, running: Running) -> None:
+    messages: Any = [{"role": "system", "content": MAIL}, {"role": "user", "content": "hello"}]
+    named = chat(running.client(), "tiny:mail", "hello")
+    with serve(engine, task_from_system=True) as asked:
+        client = asked.client()
+        answer = client.chat.completions.create(model="tiny", messages=messages)
+        assert answer.system_fingerprint == named.system_fingerprint
+        named_task = client.chat.completions.create(model="tiny:python-helper", messages=messages)
+        assert named_task.system_fingerprint != named.system_fingerprint
+    ignored = running.client().chat.completions.create(model="tiny", messages=messages)
+    assert ignored.system_fingerprint != named.system_fingerprint
+
+
+def test_a_request_may_say_how_much_to_keep(running: Running) -> None:
+    client = running.client()
+    fingerprints = [
+        chat(client, "tiny:mail", "hello", extra_body=extra).system_fingerprint
+        for extra in ({}, {"keep": 1 / 3}, {"keep": 2 / 3}, {"keep": 1})
+    ]
+    dense = chat(client, "tiny:dense", "hello").system_fingerprint
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+    assert fingerprints[3] == dense
+    with pytest.raises(openai.BadRequestError, match="keep needs a task"):
+        chat(client, "tiny", "hello", extra_body={"keep": 0.5})
+
+
+def test_the_next_turn_goes_on_from_the_last(running: Running) -> None:
     client = running.client()
     first = chat(client, "tiny", "tell me of ships")
     messages: Any = [
@@ -96,9 +140,7 @@ def test_the_first_message_selects_for_the_whole_conversation(running: Running) 
         {"role": "user", "content": "and of harbours"},
     ]
     second = client.chat.completions.create(model="tiny", messages=messages)
-    assert second.system_fingerprint == first.system_fingerprint
     assert second.usage.prompt_tokens_details.cached_tokens > 0
-    assert chat(client, "tiny", "and of harbours").system_fingerprint != first.system_fingerprint
 
 
 def test_what_is_cached_does_not_change_the_answer(running: Running, expected: Oracle) -> None:
@@ -207,18 +249,18 @@ def test_one_request_too_many_is_told_to_come_back(engine: Any, serve: Serve) ->
 def scripted_engine(*events: Any) -> Any:
     """Return an engine that says the same few things to everyone, then nothing more."""
 
-    def start(*_: object) -> Reply:
-        reply = Reply((), lambda: "ifp_scripted")
+    def start(*_: object) -> Answers:
+        reader = ChatReader(TextStateMachine({"normal": []}))
+        answers = Answers([Reply(reader, (), lambda: "ifp_scripted")])
         for event in events:
-            reply.put(event)
-        return reply
+            answers.replies[0].put(event)
+        return answers
 
-    return SimpleNamespace(is_healthy=True, start=start)
+    return SimpleNamespace(is_healthy=True, start=start, gauges=dict)
 
 
 def context() -> GenerationContext:
-    machine = TextStateMachine({"normal": []})
-    return GenerationContext(False, False, lambda *_: {}, machine, "normal", [1, 2, 3], 0)
+    return GenerationContext(False, False, lambda *_: {}, MACHINE, "normal", [1, 2, 3], 0)
 
 
 def word(text: str) -> Response:
@@ -266,12 +308,12 @@ def test_a_client_that_leaves_frees_its_place(
         while running.server.num_requests and time.monotonic() < deadline:
             time.sleep(0.01)
         assert running.server.num_requests == 0
-        assert any("client left" in line for line in running.log)
+        assert running.line_with("client left")
         assert chat(running.client(), "tiny:mail", "next, please", max_tokens=2)
 
 
 def test_a_key_is_asked_for(engine: Any, serve: Serve) -> None:
-    with serve(engine, api_key="sesame") as running:
+    with serve(engine, access=Access("sesame")) as running:
         assert chat(running.client("sesame"), "tiny:mail", "hi", max_tokens=2)
         with pytest.raises(openai.AuthenticationError, match="API key is missing or wrong"):
             chat(running.client("Sesame"), "tiny:mail", "hi")
@@ -303,7 +345,7 @@ def broken_engine(*, is_healthy: bool) -> Any:
     def start(*_: object) -> None:
         raise RuntimeError("secret detail")
 
-    return SimpleNamespace(is_healthy=is_healthy, start=start)
+    return SimpleNamespace(is_healthy=is_healthy, start=start, gauges=dict)
 
 
 def test_a_bug_of_ours_is_one_line_for_the_client(serve: Serve) -> None:
@@ -311,7 +353,7 @@ def test_a_bug_of_ours_is_one_line_for_the_client(serve: Serve) -> None:
         with pytest.raises(openai.InternalServerError) as caught:
             chat(running.client(), "tiny:mail", "hi")
         assert caught.value.body["message"] == "internal error; the server's log says more"  # type: ignore[index]
-        assert any("RuntimeError: secret detail" in line for line in running.log)
+        assert running.line_with("RuntimeError: secret detail")
 
 
 def test_a_dead_generation_thread_is_said(serve: Serve) -> None:

@@ -18,18 +18,23 @@ from ifp_mlx.assistant import Assistant
 from ifp_mlx.errors import ResourceError, UsageError
 from ifp_mlx.server.api_error import APIError
 from ifp_mlx.server.catalog import ModelCatalog, SubnetRequest
-from ifp_mlx.server.engine import Engine, EngineOptions, _KVCaches, _RequestQueue
+from ifp_mlx.server.engine import Engine
+from ifp_mlx.server.generator import RequestQueue
 from ifp_mlx.server.http import Limits
-from ifp_mlx.server.replies import Piece, Reply, StopStrings
+from ifp_mlx.server.kv_caches import KVCaches
+from ifp_mlx.server.replies import Answers, ChatReader, Piece, Reply
 from ifp_mlx.server.requests import (
     GenerationRequest,
     RequestDefaults,
     parse_completion_request,
 )
+from ifp_mlx.server.stop_strings import StopStrings
+from ifp_mlx.server.subnet_provider import EngineOptions, Prepared
 from ifp_mlx.slicing.compact import CutOptions
 from ifp_mlx.subnets.memory import checkpoint_sizes
 
 BATCHED = EngineOptions()
+MACHINE = TextStateMachine({"normal": []})
 NO_LOGPROBS: Any = ()  # as mlx-lm passes it where none are asked for
 
 
@@ -59,20 +64,28 @@ def test_stop_strings_do_not_depend_on_where_the_text_was_cut(
     assert kept == text[:end][: len(text[:end]) - cut]
 
 
-def context(transitions: dict[str, Any] | None = None) -> GenerationContext:
-    machine = TextStateMachine(transitions or {"normal": []})
-    return GenerationContext(False, False, lambda *_: {}, machine, "normal", [1, 2, 3], 2)
+def context() -> GenerationContext:
+    return GenerationContext(False, False, lambda *_: {}, MACHINE, "normal", [1, 2, 3], 2)
 
 
-def reply_with(*events: Any, stop: tuple[str, ...] = ()) -> Reply:
-    reply = Reply(stop, lambda: "ifp_x")
+def reply_with(
+    *events: Any, stop: tuple[str, ...] = (), transitions: dict[str, Any] | None = None
+) -> Reply:
+    reader = ChatReader(TextStateMachine(transitions or {"normal": []}))
+    reply = Reply(reader, stop, lambda: "ifp_x")
     for event in events:
         reply.put(event)
     return reply
 
 
-def texts(reply: Reply) -> list[Piece]:
-    return list(reply.pieces(5, lambda: None))
+def texts(reply: Reply) -> list[Any]:
+    events = []
+    while not reply.events.empty():
+        events.append(reply.events.get()[1])
+    answers = Answers([reply])
+    for event in events:
+        reply.put(event)
+    return [piece for _, piece in answers.pieces(5, lambda: None)]
 
 
 def test_a_reply_ends_with_its_reason() -> None:
@@ -104,7 +117,7 @@ def test_what_the_model_thinks_is_kept_apart() -> None:
         "reasoning": [("</think>", "normal")],
     }
     end = Response("<think>hm</think>so", 1, 0.0, "length", NO_LOGPROBS)
-    pieces = texts(reply_with(context(thinking), end))
+    pieces = texts(reply_with(context(), end, transitions=thinking))
     assert pieces == [Piece("hm", is_reasoning=True), Piece("so", is_reasoning=False)]
 
 
@@ -128,7 +141,7 @@ def kv_cache(keys: mx.array) -> KVCache:
 
 
 def test_kv_caches_leave_a_token_to_compute() -> None:
-    caches = _KVCaches(max_size=4)
+    caches = KVCaches(max_size=4)
     caches.insert_cache(b"units", [1, 2, 3], [kv_cache(mx.zeros((1, 2, 3, 4)))])
     assert caches.fetch_nearest_cache(b"units", [1, 2, 3])[1] != []
     assert caches.fetch_nearest_cache(b"units", [1, 2, 3, 4])[1] == [4]
@@ -136,7 +149,7 @@ def test_kv_caches_leave_a_token_to_compute() -> None:
 
 
 def test_kv_caches_do_not_hold_the_batch_that_they_come_from() -> None:
-    caches = _KVCaches(max_size=4)
+    caches = KVCaches(max_size=4)
     before_bytes = mx.get_active_memory()
     batch = mx.ones((64, 2, 64, 64))  # 2 MB
     mx.eval(batch)
@@ -147,21 +160,21 @@ def test_kv_caches_do_not_hold_the_batch_that_they_come_from() -> None:
 
 def long_request(**changes: Any) -> GenerationRequest:
     body = {"model": "tiny", "prompt": "a long story", "max_tokens": 450, **changes}
-    return parse_completion_request(body, RequestDefaults(16, 0.0, 512))
+    return parse_completion_request(body, RequestDefaults(16, 0.0))
 
 
 def test_stopping_the_engine_cuts_answers_off(checkpoint_folder: Path) -> None:
-    engine = Engine(lambda: (Assistant.load(checkpoint_folder), 64), EngineOptions())
+    engine = Engine(lambda: (Assistant.load(checkpoint_folder), lambda task: 64), EngineOptions())
     try:
-        reply = engine.start(long_request(seed=3), SubnetRequest("dense"))
-        pieces = reply.pieces(60, lambda: None)
+        answers = engine.start(long_request(seed=3), SubnetRequest("dense"))
+        pieces = answers.pieces(60, lambda: None)
         next(pieces)
     finally:
         engine.stop()
     assert not engine.is_healthy
     with pytest.raises(APIError, match="cut off"):
         list(pieces)
-    assert reply.completion_tokens < 450
+    assert answers.replies[0].completion_tokens < 450
 
 
 def test_the_first_request_can_share_a_batch(engine: Engine) -> None:
@@ -169,7 +182,7 @@ def test_the_first_request_can_share_a_batch(engine: Engine) -> None:
 
 
 def test_an_engine_that_cannot_be_prepared_says_why() -> None:
-    def prepare() -> tuple[Assistant, int]:
+    def prepare() -> Prepared:
         raise UsageError("no such model")
 
     with pytest.raises(UsageError, match="no such model"):
@@ -177,7 +190,7 @@ def test_an_engine_that_cannot_be_prepared_says_why() -> None:
 
 
 def test_requests_for_one_sub_network_are_taken_together() -> None:
-    requests = _RequestQueue()
+    requests = RequestQueue(SimpleNamespace())  # type: ignore[arg-type]
     for name in ("a1", "b1", "a2", "b2", "c1", "a3"):
         requests.put((None, name, SimpleNamespace(model=name[0])))
     order = [requests.get_nowait()[1] for _ in range(6)]
@@ -207,7 +220,9 @@ def test_a_model_that_does_not_fit_is_served_by_its_sub_network(checkpoint_folde
     room = sizes.predict(64, 256).total_bytes
     assert room < sizes.predict(sizes.amounts.num_units, 256).total_bytes
     options = CutOptions(context_tokens=256, memory_bytes=room)
-    engine = Engine(lambda: (Assistant.load(checkpoint_folder, options=options), 64), BATCHED)
+    engine = Engine(
+        lambda: (Assistant.load(checkpoint_folder, options=options), lambda task: 64), BATCHED
+    )
     try:
         assert engine._provider.is_batchable
         reply = engine.start(long_request(seed=3), SubnetRequest("task", "help me write Python"))
@@ -226,6 +241,6 @@ def test_whatever_goes_wrong_on_the_way_to_serving_is_raised(
     def broken(*_: object) -> None:
         raise ValueError("no such cache")
 
-    monkeypatch.setattr("ifp_mlx.server.engine.make_prompt_cache", broken)
+    monkeypatch.setattr("ifp_mlx.server.subnet_provider.make_prompt_cache", broken)
     with pytest.raises(ValueError, match="no such cache"):
-        Engine(lambda: (Assistant.load(checkpoint_folder), 64), BATCHED)
+        Engine(lambda: (Assistant.load(checkpoint_folder), lambda task: 64), BATCHED)

@@ -136,6 +136,20 @@ def test_right_kernels_are_used(
 
 
 @pytest.mark.usefixtures("unchecked_kernels")
+def test_kernels_of_stacked_experts_are_checked(
+    tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = quantized(tiny_model("gpt_oss", hidden_size=64), "affine", 4)
+    assert kernel_check.check_quantized_kernels(model) is model
+    assert kernel_check.kernel_error(model.layers[0].mlp.experts.up_proj) < 0.01
+    kernel_check._checked().clear()
+    right = mx.gather_qmm
+    monkeypatch.setattr(mx, "gather_qmm", lambda *a, **k: right(*a, **k) * 1.1)
+    assert kernel_check.check_quantized_kernels(model) is not model
+    assert "gives wrong results" in caplog.messages[0]
+
+
+@pytest.mark.usefixtures("unchecked_kernels")
 def test_wrong_kernels_are_replaced_by_dequantized_weights(
     tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -130,6 +130,15 @@ def test_document_chunks_select_for_the_next(tmp_path: Path, tokenizer: ChatToke
         assert examples.source(index).tolist() == ids[source : source + 16]
 
 
+def test_documents_too_short_for_a_window_are_counted(
+    tmp_path: Path, tokenizer: ChatTokenizer
+) -> None:
+    path = _write(tmp_path / "lm_a.jsonl", {"text": "ab" * 40}, {"text": "short"})
+    bad = BadLines()
+    tokenise_files([], [path], tokenizer, ExampleRules(chunk_tokens=16, num_chunks=3), bad)
+    assert bad.counts == {"document shorter than two chunks": 1}
+
+
 def test_long_prompts_and_excluded_sources_are_left_out(
     tmp_path: Path, tokenizer: ChatTokenizer
 ) -> None:
@@ -138,7 +147,7 @@ def test_long_prompts_and_excluded_sources_are_left_out(
     bad = BadLines()
     rules = ExampleRules(max_tokens=128, excluded_sources=("t0:",))
     assert len(tokenise_files([path], [], tokenizer, rules, bad)) == 1
-    assert bad.counts == {"prompt leaves no room for an answer": 1}
+    assert bad.counts == {"prompt leaves no room for an answer": 1, "excluded source": 1}
     with pytest.raises(DataError, match="no training example is left"):
         tokenise_files([path], [], tokenizer, ExampleRules(max_tokens=4), bad)
 

@@ -1,0 +1,216 @@
+"""Tables of a run: function against the whole model, and which cheap figure foretells it.
+
+    python analyse.py OUT [OUT ...] [--baseline whole] [--fidelity mbpp,math]
+
+Prints Markdown. Differences are paired by item, with a 95 % bootstrap interval over items; turns
+of one conversation are drawn together. Correlations are Spearman's over the rows whose names begin
+with ``fidelity/`` (and the whole model), between each figure and the score of the same sets.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Line = dict[str, Any]
+Floats = npt.NDArray[np.float64]
+
+NUM_DRAWS = 10_000
+HIGHER_IS_BETTER = frozenset(
+    ("agreement", "target_right", "acceptance", "tokens_to_sure_flip_mean",
+     "tokens_to_sure_flip_median", "answers_without_sure_flip", "tokens_to_flip_mean",
+     "tokens_to_flip_median", "answers_without_flip", "survival_sure", "survival_accepted",
+     "survival_accepted_geometric", "answer_log_ratio", "survival_ratio", "same_8", "same_16",
+     "same_32", "same_64", "same_whole_answer", "same_tokens_mean", "same_tokens_median")
+)  # fmt: skip
+_NOT_CANDIDATES = frozenset(("num_answers", "num_tokens", "cross_entropy_whole"))
+
+
+def main() -> None:
+    """Print the tables of the runs that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path, nargs="+")
+    parser.add_argument("--baseline", default="whole")
+    parser.add_argument("--fidelity", default="mbpp,math", help="sets that are function")
+    arguments = parser.parse_args()
+    lines = load(arguments.out)
+    for model in dict.fromkeys(line["model"] for line in lines):
+        own = [line for line in lines if line["model"] == model]
+        print(f"\n## {model}\n")
+        print(function_table(own, arguments.baseline))
+        print(f"\n### {model}: depth of the fact\n\n{depth_table(own)}")
+        print(f"\n### {model}: teacher-forced, against the whole model\n\n{forced_table(own)}")
+        rows = [x for x in own if x["row"]["name"].startswith(("fidelity/", arguments.baseline))]
+        if len({line["row"]["name"] for line in rows}) > 4:
+            sets = arguments.fidelity.split(",")
+            print(f"\n### {model}: fidelity rows\n\n{fidelity_table(rows, sets)}")
+            print(f"\n### {model}: rank correlation with function\n")
+            print(correlation_table(rows, sets))
+
+
+def load(folders: Sequence[Path]) -> list[Line]:
+    """Return the lines of some runs; of rows that are in several, the last."""
+    lines: dict[str, Line] = {}
+    for folder in folders:
+        for text in (folder / "rows.jsonl").read_text("utf-8").splitlines():
+            line = json.loads(text)
+            lines[line["key"]] = line
+    return list(lines.values())
+
+
+def paired_difference(
+    row: dict[str, float], baseline: dict[str, float]
+) -> tuple[float, float, float, int, int]:
+    """Return mean difference, its 95 % interval, and how many items were lost and won.
+
+    Args:
+        row: name of the item (``conversation/turn``) -> outcome.
+        baseline: the same of the row to compare with.
+    """
+    names = sorted(row.keys() & baseline.keys())
+    differences = np.array([row[name] - baseline[name] for name in names])
+    _, groups = np.unique([name.split("/")[0] for name in names], return_inverse=True)
+    counts = np.bincount(groups).astype(np.float64)
+    sums = np.bincount(groups, differences)
+    rng = np.random.default_rng(0)
+    draws = rng.integers(0, len(counts), (NUM_DRAWS, len(counts)))
+    means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    lost, won = int((differences < -1e-9).sum()), int((differences > 1e-9).sum())
+    if not lost and not won:  # nothing to draw from: the rule of three
+        low, high = -3 / len(counts), 3 / len(counts)
+    return float(differences.mean()), float(low), float(high), lost, won
+
+
+def function_table(lines: Sequence[Line], baseline: str) -> str:
+    """Return a Markdown table: rows by sets, score and paired difference in points."""
+    by = {(line["row"]["name"], line["set"]): line for line in lines if line["outcomes"]}
+    sets = list(dict.fromkeys(name for _, name in by))
+    rows = list(dict.fromkeys(name for name, _ in by))
+    table = [["row", *sets], ["---"] * (len(sets) + 1)]
+    for row in rows:
+        cells = [row]
+        for set_name in sets:
+            line, base = by.get((row, set_name)), by.get((baseline, set_name))
+            if line is None or base is None:
+                cells.append("")
+            elif row == baseline:
+                cells.append(f"**{100 * line['score']:.1f}** (n={len(line['outcomes'])})")
+            else:
+                mean, low, high, lost, won = paired_difference(line["outcomes"], base["outcomes"])
+                cells.append(
+                    f"{100 * line['score']:.1f} ({100 * mean:+.1f}, {100 * low:+.1f} to "
+                    f"{100 * high:+.1f}; -{lost} +{won})"
+                )
+        table.append(cells)
+    return _markdown(table)
+
+
+def depth_table(lines: Sequence[Line]) -> str:
+    """Return facts found by depth, for sets whose items are named by depth."""
+    found = [line for line in lines if line["set"].startswith("needle")]
+    depths = sorted({name.rsplit("-", 1)[0] for line in found for name in line["outcomes"]})
+    table = [["row", "set", *depths], ["---"] * (len(depths) + 2)]
+    for line in found:
+        scores = [
+            [v for name, v in line["outcomes"].items() if name.startswith(depth + "-")]
+            for depth in depths
+        ]
+        cells = [f"{sum(values):.0f}/{len(values)}" for values in scores]
+        table.append([line["row"]["name"], line["set"], *cells])
+    return _markdown(table)
+
+
+def forced_table(lines: Sequence[Line]) -> str:
+    """Return how near each row is to the whole model on given answers, set by set."""
+    shown = ("agreement", "kl", "cross_entropy_added", "sure_flips_per_100", "answers_without_flip")
+    table = [["row", "set", "answers", *shown], ["---"] * (len(shown) + 3)]
+    for line in lines:
+        for kind in ("own", "reference"):
+            if kind in line and line["row"]["name"] != "whole":
+                cells = [f"{line[kind][name]:.4f}" for name in shown]
+                table.append([line["row"]["name"], line["set"], kind, *cells])
+    return _markdown(table)
+
+
+def fidelity_table(lines: Sequence[Line], sets: Sequence[str]) -> str:
+    """Return bits, kept units, bytes and scores of each fidelity row."""
+    table = [["row", "bits", "kept", "MB", *sets], ["---"] * (len(sets) + 4)]
+    for name in dict.fromkeys(line["row"]["name"] for line in lines):
+        own = {line["set"]: line for line in lines if line["row"]["name"] == name}
+        first = next(iter(own.values()))
+        part = first["row"]["part"]
+        size = f"{first['part_bytes'] / 1e6:.0f}" if first["part_bytes"] else ""
+        scores = [f"{100 * own[s]['score']:.1f}" if s in own else "" for s in sets]
+        kept = f"{first['kept_units'] / first['units']:.3f}"
+        table.append([name, str(part["bits"]), kept, size, *scores])
+    return _markdown(table)
+
+
+def correlation_table(lines: Sequence[Line], sets: Sequence[str]) -> str:
+    """Return Spearman's correlation of each candidate with function, for each set and in all.
+
+    The sign is turned so that 1 means: the better the figure, the better the function. Rows that
+    differ only in units and rows that differ only in bits are also shown apart: a figure that
+    ranks one kind of damage well may still not compare the two.
+    """
+    groups: dict[str, Callable[[Line], bool]] = {
+        "all": lambda line: True,
+        "16 bits": lambda line: line["row"]["part"]["bits"] == 16,
+        "all units": lambda line: line["row"]["part"]["kept"] == 1,
+    }
+    header = [f"{set_name}: {group}" for set_name in sets for group in groups]
+    found: dict[str, list[float]] = {}
+    names = [
+        (kind, name)
+        for kind in ("own", "reference", "free_running")
+        for name in dict.fromkeys(n for line in lines for n in line.get(kind, {}))
+        if name not in _NOT_CANDIDATES
+    ]
+    for kind, name in names:
+        values = []
+        for set_name in sets:
+            for belongs in groups.values():
+                chosen = [
+                    line
+                    for line in lines
+                    if line["set"] == set_name
+                    and line["row"]["name"] != "whole"
+                    and name in line.get(kind, {})
+                    and belongs(line)
+                ]
+                sign = 1 if name in HIGHER_IS_BETTER else -1
+                figures = np.array([sign * line[kind][name] for line in chosen])
+                scores = np.array([line["score"] for line in chosen])
+                values.append(spearman(figures, scores))
+        found[f"{kind}.{name}"] = values
+    over_all = {name: float(np.mean(values[:: len(groups)])) for name, values in found.items()}
+    order = sorted(found, key=lambda name: -np.nan_to_num(over_all[name], nan=-2))
+    table = [["figure", *header], ["---"] * (len(header) + 1)]
+    table += [[name, *(f"{value:.3f}" for value in found[name])] for name in order]
+    return _markdown(table)
+
+
+def spearman(a: Floats, b: Floats) -> float:
+    """Return Spearman's rank correlation, ties at their mean rank; nan where undefined."""
+    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return float("nan")
+    return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
+
+
+def _ranks(values: Floats) -> Floats:
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return ((last - (counts - 1) / 2)[inverse]).astype(np.float64)
+
+
+def _markdown(table: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in table)
+
+
+if __name__ == "__main__":
+    main()

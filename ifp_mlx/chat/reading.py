@@ -1,0 +1,56 @@
+"""Reading with a part of a model, writing with the whole of it.
+
+Three quarters of the time to the first token is arithmetic in the FFNs of the prompt's tokens, and
+what a prompt leaves behind is keys and values, to which fewer units make little difference
+(docs/reading.md). Both models have the same attention, so one KV cache serves them.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+TAIL_TOKENS = 64
+"""The last tokens of each piece of a prompt are read by the whole model: the answer leans on them
+most."""
+
+
+class ReadsWithPart(nn.Module):
+    """Two models behind one interface: a part that reads prompts, the whole that goes on from there.
+
+    mlx-lm hands a model the pieces of a prompt, and then one token at a time; that is how the two
+    are told apart, wherever a model is used.
+
+    Args:
+        writer: the whole mlx-lm model.
+        reader: a compact model of it, not changed by an adapter.
+        tail_tokens: so many of a piece's last tokens are read by the whole model.
+    """
+
+    def __init__(self, writer: nn.Module, reader: nn.Module, tail_tokens: int = TAIL_TOKENS):
+        super().__init__()
+        self.writer = writer
+        self.reader = reader
+        self.tail_tokens = tail_tokens
+        if hasattr(writer, "make_cache"):
+            self.make_cache = writer.make_cache
+
+    def __call__(self, inputs: mx.array, cache: Any = None, **options: Any) -> mx.array:
+        """Return the logits of (B, T) token ids, as the whole model does; of its tail alone."""
+        num_read = inputs.shape[1] - self.tail_tokens
+        if num_read > 0:
+            self.reader(inputs[:, :num_read], cache=cache, **options)
+            inputs = inputs[:, num_read:]
+        logits: mx.array = self.writer(inputs, cache=cache, **options)
+        return logits
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The whole model's decoder layers."""
+        layers: list[nn.Module] = self.writer.layers
+        return layers
+
+    @property
+    def args(self) -> Any:
+        """The whole model's settings."""
+        return self.writer.args

@@ -1,0 +1,1 @@
+"""What each size of a model costs a task, measured on the user's own examples."""

@@ -1,0 +1,154 @@
+"""Measuring a task's candidates on a tiny model."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from ifp_mlx.assistant import Assistant
+from ifp_mlx.errors import DataError
+from ifp_mlx.fitting.candidates import Candidate
+from ifp_mlx.fitting.fidelity import Reference, answer_logits, measure_fidelity
+from ifp_mlx.fitting.judge import CommandJudge
+from ifp_mlx.fitting.measure import Fit, Halves
+from ifp_mlx.fitting.results import FitRecord, Measured
+from ifp_mlx.selection.selectors import select_random
+from ifp_mlx.slicing.compact import CutOptions, slice_model
+from ifp_mlx.text.task_examples import TaskExample, read_task_examples
+
+CheckpointFactory = Callable[..., Path]
+ModelFactory = Callable[..., nn.Module]
+EXAMPLES = [TaskExample(f"say {word}", word) for word in ("one", "two", "three", "four", "five")]
+PROMPT, ANSWER = [3, 14, 15, 9, 26], [5, 35, 8, 9, 7, 9]
+
+
+def fit(path: Path, folder: Path, judge: CommandJudge | None = None) -> list[Measured]:
+    assistant = Assistant.load(path, options=CutOptions(context_tokens=64))
+    record = FitRecord(folder, {"path": str(path)})
+    run = Fit(assistant, "say words", Halves.of(EXAMPLES, 2), record, judge=judge, max_tokens=6)
+    return list(run.run())
+
+
+def test_logits_of_an_answer_are_those_of_one_pass(tiny_model: ModelFactory) -> None:
+    model = tiny_model("llama")
+    whole = model(mx.array([PROMPT + ANSWER]))[0, len(PROMPT) - 1 : -1]
+    np.testing.assert_allclose(answer_logits(model, PROMPT, ANSWER), whole, atol=1e-5)
+
+
+def test_a_model_is_faithful_to_itself(tiny_model: ModelFactory) -> None:
+    model = tiny_model("llama")
+    reference = Reference.of(model, PROMPT, ANSWER)
+    found = measure_fidelity(model, [reference])
+    assert (found.agreement, found.sure_flips, found.same_tokens) == (1.0, 0.0, 6.0)
+
+
+def test_flips_count_where_the_whole_model_was_sure(tiny_model: ModelFactory) -> None:
+    model = tiny_model("llama")
+    part = slice_model(model, select_random(model, 64))
+    reference = Reference.of(model, PROMPT, ANSWER)
+    sure = np.array([True, False, True, True, False, True])
+    reference = dataclasses.replace(reference, is_sure=mx.array(sure))
+    same = np.array(answer_logits(part, PROMPT, ANSWER).argmax(-1) == reference.best)
+    found = measure_fidelity(part, [reference])
+    assert found.agreement == pytest.approx(same.mean())
+    assert found.sure_flips == pytest.approx(100 * (~same[sure]).mean())
+    assert found.same_tokens == (np.flatnonzero(~same)[0] if not same.all() else 6)
+
+
+@pytest.mark.parametrize("family", ["llama", "olmoe"])
+def test_every_candidate_is_measured_once(
+    tiny_checkpoint: CheckpointFactory, tmp_path: Path, family: str
+) -> None:
+    sizes = {"intermediate_size": 640} if family == "llama" else {"num_experts": 16}
+    path = tiny_checkpoint(family, hidden_size=64, **sizes)
+    rows = {row.candidate: row for row in fit(path, tmp_path / "fits")}
+    amount = 640 if family == "llama" else 16
+    whole = rows[Candidate(amount)]
+    assert whole.fidelity.sure_flips == 0
+    assert whole.tokens_per_s
+    assert rows[Candidate(amount, 4)].disk_bytes < rows[Candidate(amount, 8)].disk_bytes
+    assert rows[Candidate(amount, 8)].disk_bytes < whole.disk_bytes
+    part = rows[Candidate(320 if family == "llama" else 8)]
+    assert part.disk_bytes < whole.disk_bytes
+    assert part.memory_bytes < whole.memory_bytes
+    assert (Candidate(320, only_reads=True) in rows) == (family == "llama")
+    (stored,) = (tmp_path / "fits").iterdir()
+    before = stored.read_bytes()
+    again = {row.candidate: row for row in fit(path, tmp_path / "fits")}
+    assert again == rows
+    assert stored.read_bytes() == before
+
+
+def test_the_check_sees_every_answer(tiny_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    code = f"import sys; open({str(log)!r}, chr(97)).write(sys.stdin.read() + chr(10))"
+    rows = fit(tiny_checkpoint(), tmp_path / "fits", CommandJudge(f'{sys.executable} -c "{code}"'))
+    whole = next(row for row in rows if row.candidate == Candidate(192))
+    assert (whole.num_right, whole.num_checked) == (2, 2)
+    seen = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {(request["prompt"], request["expected"]) for request in seen} == {
+        ("say two", "two"),
+        ("say four", "four"),
+    }
+
+
+def test_halves_share_no_prompt() -> None:
+    doubled = [*EXAMPLES, TaskExample("say one", "uno")]
+    halves = Halves.of(doubled, 20)
+    assert not {e.prompt for e in halves.selecting} & {e.prompt for e in halves.measuring}
+    assert len(halves.selecting) + len(halves.measuring) == 5
+    with pytest.raises(DataError, match="at least two"):
+        Halves.of([EXAMPLES[0], EXAMPLES[0]], 20)
+
+
+def test_a_model_that_does_not_fit_needs_answers(
+    tiny_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    path = tiny_checkpoint()
+    assistant = Assistant.load(
+        path, options=CutOptions(context_tokens=64, memory_bytes=1, force=True)
+    )
+    record = FitRecord(tmp_path, {})
+    halves = Halves.of([TaskExample("a"), TaskExample("b")], 1)
+    with pytest.raises(DataError, match='give each an "answer"'):
+        Fit(assistant, "say words", halves, record)
+    run = Fit(assistant, "say words", Halves.of(EXAMPLES, 2), record, max_tokens=6)
+    rows = {row.candidate: row for row in run.run()}
+    assert rows[Candidate(192)].fidelity.sure_flips == 0
+    assert all(candidate.bits is None for candidate in rows if candidate.num_kept_units == 192)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("lines.txt", "say one\n\n say two \n", [("say one", None), ("say two", None)]),
+        ("rows.jsonl", '{"prompt": "a", "answer": "b"}\n{"prompt": "c", "response": "d"}',
+         [("a", "b"), ("c", "d")]),
+        ("chat.jsonl", '{"messages": [{"role": "user", "content": "a"}, '
+         '{"role": "assistant", "content": "b"}]}', [("a", "b")]),
+        ("twice.txt", "a\na", [("a", None)]),
+    ],
+)  # fmt: skip
+def test_examples_as_people_have_them(
+    tmp_path: Path, name: str, content: str, expected: list[tuple[str, str | None]]
+) -> None:
+    (tmp_path / name).write_text(content)
+    found = read_task_examples(tmp_path / name)
+    assert [(example.prompt, example.answer) for example in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "holds no example"), ("nothing", "no JSON object"), ('{"text": 1}', 'no "prompt"')],
+)
+def test_examples_that_are_none_are_named(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "examples.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_task_examples(path)
