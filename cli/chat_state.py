@@ -91,8 +91,6 @@ class Chat:
         self._adopt_session(session, subnet_options)
         if self.task is not None or self._choice.dense:
             self._select("")
-            if session.messages:
-                self._record_settings()
 
     @property
     def task(self) -> str | None:
@@ -353,6 +351,7 @@ class Chat:
         if self._conversation is not None:
             self.assistant.switch(self._conversation, self.subnet)
             self._kv_file = None  # the KV cache is now of several sub-networks
+        self._record_settings()
 
     def _adopt_session(self, session: Session, wanted: SubnetOptions) -> None:
         """Take over what a session was chatting with, but for what the user wants otherwise."""
@@ -375,6 +374,6 @@ class Chat:
         dense = self._choice.dense
         kept = self.subnet.num_kept_units if self.subnet else self._choice.amount.keep_units
         kept = None if dense else kept
-        self.session.change_settings(
-            SessionSettings(self.model_name, self.task, kept, dense, self.system_prompt)
-        )
+        settings = SessionSettings(self.model_name, self.task, kept, dense, self.system_prompt)
+        if settings != self.session.settings:
+            self.session.change_settings(settings)

@@ -5,6 +5,7 @@ import re
 FLAGS = {
     "adapter": "--adapter",
     "bits": "--bits",
+    "check": "--check",
     "data": "--data",
     "distillation": "--distillation",
     "dtype": "--dtype",

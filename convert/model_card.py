@@ -66,8 +66,9 @@ class ModelCard:
         facts = {
             "Base model": self.base_model or "unknown",
             "Licence": self.licence or _UNKNOWN,
-            f"{self.unit_label[0].upper()}{self.unit_label[1:]} kept": f"{self.num_kept_units} of {self.num_units} in each of "
-            f"{self.num_layers} layers",
+            f"{self.unit_label[0].upper()}{self.unit_label[1:]} kept": (
+                f"{self.num_kept_units} of {self.num_units} in each of {self.num_layers} layers"
+            ),
             "Selector": self.selector,
             "Parameters": f"{self.active_parameters:,} of {self.total_parameters:,}",
         }
@@ -85,7 +86,7 @@ class ModelCard:
                 f"# {name}",
                 "",
                 "A sub-network of a larger language model, cut out with Instruction-Following "
-                f"Pruning: an ordinary model of the same architecture with fewer {self.unit_label}.",
+                f"Pruning: an ordinary model of the same architecture, fewer {self.unit_label}.",
                 "",
                 purpose,
                 "",

@@ -16,7 +16,7 @@ most."""
 
 
 class ReadsWithPart(nn.Module):
-    """Two models behind one interface: a part that reads prompts, the whole that goes on from there.
+    """Two models behind one interface: a part reads prompts, the whole goes on from there.
 
     mlx-lm hands a model the pieces of a prompt, and then one token at a time; that is how the two
     are told apart, wherever a model is used.

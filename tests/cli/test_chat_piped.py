@@ -9,6 +9,8 @@ import pytest
 
 Run = Callable[..., Any]
 
+TWO_THIRDS = ("chat", "--keep", "0.67", "--max-tokens", "5")
+
 
 def recorded(home: Path) -> list[dict[str, str]]:
     """Return the messages of the only session on disk."""
@@ -23,7 +25,7 @@ def home(tmp_path: Path) -> Path:
 
 
 def test_chat_answers_each_piped_line(ifp: Run, word_model: Path, words: str, home: Path) -> None:
-    outcome = ifp("chat", "--model", word_model, stdin="hello\n\nagain\n")
+    outcome = ifp("chat", "--model", word_model, "--keep", "0.67", stdin="hello\n\nagain\n")
     assert outcome.code == 0
     assert outcome.stdout == f"{words}\n{words}\n"
     assert outcome.stderr.count("selected 128 of 192 FFN units for this prompt") == 1
@@ -46,7 +48,7 @@ def test_chat_task_switch_says_overlap_and_keeps_the_conversation(
     ifp: Run, small_model: Path, home: Path
 ) -> None:
     script = "hello\n/task count numbers\nagain\n/task\n"
-    outcome = ifp("chat", "--model", small_model, "-m", "5", "--task", "write words", stdin=script)
+    outcome = ifp(*TWO_THIRDS, "--model", small_model, "--task", "write words", stdin=script)
     assert outcome.code == 0
     assert 'selected 128 of 192 FFN units for "write words"' in outcome.stderr
     assert 'selected 128 of 192 FFN units for "count numbers"' in outcome.stderr
@@ -57,7 +59,7 @@ def test_chat_task_switch_says_overlap_and_keeps_the_conversation(
 
 def test_chat_retask_selects_from_the_conversation(ifp: Run, small_model: Path) -> None:
     script = "hello\n/retask\n"
-    outcome = ifp("chat", "--model", small_model, "-m", "5", "--task", "write words", stdin=script)
+    outcome = ifp(*TWO_THIRDS, "--model", small_model, "--task", "write words", stdin=script)
     assert "selected 128 of 192 FFN units for this prompt" in outcome.stderr
 
 
@@ -73,14 +75,13 @@ def test_chat_keep_and_dense_change_the_amount(ifp: Run, word_model: Path) -> No
 
 def test_chat_dense_off_and_task_keep_the_amount(ifp: Run, word_model: Path) -> None:
     script = "hello\n/keep 64\n/dense\n/dense\n/dense off\n/dense\n/task count\n"
-    lines = ifp("chat", "--model", word_model, stdin=script).stderr.splitlines()
-    amounts = [line for line in lines if " of 192 FFN units" in line]
-    assert all("64 of 192" in line for line in amounts[1:])
-    assert len(amounts) == 4
+    lines = ifp(*TWO_THIRDS, "--model", word_model, stdin=script).stderr.splitlines()
+    amounts = [line for line in lines if "selected" in line]
+    assert ["64 of 192" in line for line in amounts] == [False, True, True, True]
 
 
 def test_chat_stats_are_of_what_answered(ifp: Run, word_model: Path) -> None:
-    errors = ifp("chat", "--model", word_model, stdin="hello\n/dense\n/stats\n").stderr
+    errors = ifp(*TWO_THIRDS, "--model", word_model, stdin="hello\n/dense\n/stats\n").stderr
     assert "128/192 FFN units" in errors
 
 
@@ -281,7 +282,7 @@ def test_chat_records_an_answer_as_far_as_it_came(
 
 
 def test_chat_drift_suggests_to_reselect(ifp: Run, small_model: Path) -> None:
-    arguments = ("chat", "--model", small_model, "-m", "3", "--task", "write words", "--no-save")
+    arguments = (*TWO_THIRDS, "--model", small_model, "--task", "write words", "--no-save")
     script = "hello\n0123456789 9876543210\n"
     suggested = ifp(*arguments, "--drift", "1", stdin=script)
     assert suggested.stderr.count("this message selects other units (overlap 0.") == 1
@@ -308,9 +309,9 @@ def test_chat_resume_without_a_task_selects_as_it_did(ifp: Run, small_model: Pat
         lines: list[str] = outcome.stderr.splitlines()
         return next(line for line in lines if "former one" in line)
 
-    begun = ifp("chat", "--model", small_model, "-m", "3", stdin="hello\n/task count\n")
-    ifp("chat", "--model", small_model, "-m", "3", "--session", "b", stdin="hello\n")
-    resumed = ifp("chat", "--session", "b", "-m", "3", stdin="something else\n/task count\n")
+    begun = ifp(*TWO_THIRDS, "--model", small_model, stdin="hello\n/task count\n")
+    ifp(*TWO_THIRDS, "--model", small_model, "--session", "b", stdin="hello\n")
+    resumed = ifp("chat", "--session", "b", "-m", "5", stdin="something else\n/task count\n")
     assert overlap_line(resumed) == overlap_line(begun)
 
 

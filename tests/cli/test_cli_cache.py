@@ -91,10 +91,10 @@ def test_cache_show_tells_the_error_of_quantizing_again(
 
 
 def test_cache_add_prints_the_entry(ifp: Run, small_model: Path) -> None:
-    outcome = ifp("cache", "add", "write words", "--model", small_model, "--json")
+    outcome = ifp("cache", "add", "write words", "--model", small_model, "--keep", "0.5", "--json")
     record = json.loads(outcome.stdout)
     assert record["task"] == "write words"
-    again = ifp("cache", "add", "write words", "--model", small_model)
+    again = ifp("cache", "add", "write words", "--model", small_model, "--keep", "0.5")
     assert "cache hit" in again.stderr
 
 
@@ -164,8 +164,8 @@ def test_cache_add_with_examples_selects_anew_from_them_too(
     ("name", "text", "complaint"),
     [
         ("inputs.txt", " \n", "holds no example"),
-        ("inputs.jsonl", '{"text": "x"}\n', ':1: no JSON object with a "prompt"'),
-        ("inputs.jsonl", '{"prompt": "x"}\n[1]\n', ':2: no JSON object with a "prompt"'),
+        ("inputs.jsonl", '{"text": "x"}\n', ':1: no "prompt" and no "messages" with one'),
+        ("inputs.jsonl", '{"prompt": "x"}\n[1]\n', ":2: no JSON object"),
         ("inputs.txt", "caf\xe9\n", "not UTF-8"),
         ("missing.txt", None, "cannot read the examples"),
     ],
@@ -177,7 +177,7 @@ def test_cache_add_refuses_examples_that_are_none(
     if text is not None:
         path.write_bytes(text.encode("latin-1"))
     outcome = ifp("cache", "add", "write words", "--model", small_model, "--examples", path)
-    assert outcome.code == 2
+    assert outcome.code == 1
     assert complaint in outcome.stderr
     assert json.loads(ifp("cache", "list", "--json").stdout) == []
 

@@ -14,7 +14,7 @@ Run = Callable[..., Any]
 
 
 def test_generate_prints_only_the_answer_on_stdout(ifp: Run, word_model: Path, words: str) -> None:
-    outcome = ifp("generate", "hello", "--model", word_model)
+    outcome = ifp("generate", "hello", "--model", word_model, "--keep", "0.67")
     assert outcome.code == 0
     assert outcome.stdout == f"{words}\n"
     assert "selected 128 of 192 FFN units for this prompt" in outcome.stderr
@@ -76,7 +76,8 @@ def test_generate_joins_prompt_and_piped_text(
 
 
 def test_generate_stats_name_every_measurement(ifp: Run, word_model: Path) -> None:
-    outcome = ifp("generate", "hello", "--model", word_model, "--stats", "--task", "say words")
+    arguments = ("generate", "hello", "--model", word_model, "--task", "say words")
+    outcome = ifp(*arguments, "--stats", "--keep", "0.67")
     for part in (
         "128/192 FFN units",
         "parameters active",
@@ -115,7 +116,8 @@ def test_generate_dense_uses_every_unit(ifp: Run, word_model: Path) -> None:
 
 
 def test_generate_second_run_of_a_task_is_a_cache_hit(ifp: Run, word_model: Path) -> None:
-    arguments = ("generate", "hello", "--model", word_model, "--task", "say words", "--json")
+    arguments = ("generate", "hello", "--model", word_model, "--task", "say words", "--json",
+                 "--keep", "0.5")  # fmt: skip
     first, second = ifp(*arguments), ifp(*arguments)
     assert not json.loads(first.stdout)["from_cache"]
     assert json.loads(second.stdout)["from_cache"]

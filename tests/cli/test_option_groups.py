@@ -92,7 +92,7 @@ def test_a_name_that_comes_twice_is_refused() -> None:
     [
         ("generate", "max_tokens", 512),
         ("chat", "max_tokens", 1024),
-        ("generate", "reuse", None),
+        ("generate", "reuse", 0.0),
         ("serve", "reuse", 0.0),
     ],
 )
