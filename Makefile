@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test types lint imports unit torch clean
+.PHONY: demo test types lint imports unit torch release clean
 
 demo: $(VENV)/.installed
 	$(BIN)/ifp pull smollm2-135m
@@ -28,6 +28,11 @@ unit: $(VENV)/.installed-dev
 
 torch: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --group parity
+
+release: $(VENV)/.installed-dev
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist . >/dev/null
+	$(BIN)/python docs/check_release.py dist
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -9,10 +9,11 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- files -->\n", "<!-- end of files -->"
 ROOMS = (
-    "units", "storage", "selection", "adapters", "slicing", "subnets", "chat", "text", "training",
-    "evaluation", "benchmarking", "server",
+    "units", "storage", "selection", "adapters", "slicing", "subnets", "pictures", "chat", "text",
+    "training", "fitting", "evaluation", "benchmarking", "server",
 )  # fmt: skip
-FOLDERS = ("ifp_mlx", *(f"ifp_mlx/{room}" for room in ROOMS), "convert", "cli", "benchmarks")
+BENCHMARKS = ("benchmarks", "benchmarks/function", "benchmarks/mixture", "benchmarks/variants")
+FOLDERS = ("ifp_mlx", *(f"ifp_mlx/{room}" for room in ROOMS), "convert", "cli", *BENCHMARKS)
 
 
 def first_line(path: Path) -> str:
