@@ -25,7 +25,7 @@ from ifp_mlx.benchmarking.latency import Workload
 from ifp_mlx.benchmarking.runs import ModelOptions, run_latency, run_slicing, run_switching
 from ifp_mlx.benchmarking.timing import Repeats
 
-Job = Callable[[int, Path], dict[str, Any]]
+Job = Callable[[Repeats, Path], dict[str, Any]]
 
 DECODE_REPEATS = 5  # decoding takes seconds
 BIG_PREDICTOR = "qwen2.5-0.5b"
@@ -37,12 +37,12 @@ GROWTH = tuple(Workload(tokens, new_tokens=0) for tokens in (512, 1024, 8192))
 def latency(options: ModelOptions, workloads: tuple[Workload, ...]) -> Job:
     """Return a job that measures latency and saves after each workload."""
 
-    def job(repeats: int, path: Path) -> dict[str, Any]:
+    def job(repeats: Repeats, path: Path) -> dict[str, Any]:
         content = run_latency(
             options,
             workloads,
-            repeats=Repeats(repeats),
-            decode_repeats=min(DECODE_REPEATS, repeats),
+            repeats=repeats,
+            decode_repeats=min(DECODE_REPEATS, repeats.counted),
             on_part=lambda part: report.write_document(path, part),
         )
         print(report.latency_table(content["rows"]))
@@ -54,8 +54,8 @@ def latency(options: ModelOptions, workloads: tuple[Workload, ...]) -> Job:
 def slicing(options: ModelOptions) -> Job:
     """Return a job that measures gathers."""
 
-    def job(repeats: int, path: Path) -> dict[str, Any]:
-        content = run_slicing(options, repeats=Repeats(2 * repeats - 1))
+    def job(repeats: Repeats, path: Path) -> dict[str, Any]:
+        content = run_slicing(options, repeats=_odd(repeats))
         print(report.slicing_table(content["rows"]))
         return content
 
@@ -65,14 +65,19 @@ def slicing(options: ModelOptions) -> Job:
 def switching(options: ModelOptions, task_counts: tuple[int, ...]) -> Job:
     """Return a job that measures switching between tasks."""
 
-    def job(repeats: int, path: Path) -> dict[str, Any]:
+    def job(repeats: Repeats, path: Path) -> dict[str, Any]:
         content = run_switching(
-            options, task_counts=task_counts, prompt_tokens=64, repeats=Repeats(2 * repeats - 1)
+            options, task_counts=task_counts, prompt_tokens=64, repeats=_odd(repeats)
         )
         print(report.switch_table(content["rows"]))
         return content
 
     return job
+
+
+def _odd(repeats: Repeats) -> Repeats:
+    """Return about twice as many repeats, for what takes milliseconds; a median is one of them."""
+    return dataclasses.replace(repeats, counted=2 * repeats.counted - 1)
 
 
 def options(shape: str, bits: int = 16, **changes: Any) -> ModelOptions:
@@ -102,7 +107,7 @@ JOBS: dict[str, Job] = {
     ),
     "moe-bf16": latency(options("qwen1.5-moe-a2.7b"), PAPER),
     "30b-a3b-4bit": latency(
-        options("qwen3-30b-a3b", 4, predictor="smollm2-135m"), (Workload(4096),)
+        options("qwen3-30b-a3b", 4, predictor="smollm2-135m"), (Workload(4096, new_tokens=50),)
     ),
     "slicing-30b-a3b-4bit": slicing(options("qwen3-30b-a3b", 4)),
     "8b-bf16-reading": latency(
@@ -125,6 +130,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(JOBS), choices=list(JOBS))
     parser.add_argument("--skip", nargs="*", default=[], choices=list(JOBS))
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--warmups", type=int, default=2)
     parser.add_argument("--layers", type=int, help="cut every model to so many layers")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds; then no more")
     parser.add_argument(
@@ -136,6 +142,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.layers:
         _cut_layers(arguments.layers)
+    repeats = Repeats(arguments.repeats, arguments.warmups)
     start = time.perf_counter()
     for name in arguments.only:
         if name in arguments.skip:
@@ -146,7 +153,7 @@ def main() -> None:
         job_start = time.perf_counter()
         path = arguments.results / f"{name}.json"
         try:
-            report.write_document(path, JOBS[name](arguments.repeats, path))
+            report.write_document(path, JOBS[name](repeats, path))
         except Exception:  # the next job may well run
             traceback.print_exc(file=sys.stdout)
         print(f"{name}: {time.perf_counter() - job_start:.1f} s", flush=True)

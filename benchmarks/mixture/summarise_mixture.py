@@ -1,9 +1,10 @@
 """Tables of what measure_mixture.py measured: cross-entropy by criterion and experts kept, drift.
 
-    python summarise_mixture.py OUT.json
+    python summarise_mixture.py OUT.json [--compact SMALL.json]
 
 Means over domains of nats a scored token; differences with 95 % intervals from a paired bootstrap
-over the texts of every domain. Prints Markdown.
+over the texts of every domain. Prints Markdown. ``--compact`` writes what the tables and the
+picture need: sums by text of passes that intervals are made of, sums by domain of the others.
 """
 
 import argparse
@@ -17,8 +18,20 @@ import numpy.typing as npt
 
 _DRAWS = 2000
 GROUPS = ("instructions", "documents")
+OWN = ("task64", "sliced", 0)
+GENERIC = ("generic", "sliced", 0)
 OFF_TASK = ("task64", "sliced", 5)
 """The rotation that is measured first: each domain with the experts of the fifth behind it."""
+DIFFERENCES: tuple[tuple[str, tuple[str, str, int], tuple[str, str, int] | None], ...] = (
+    ("task64 - whole", OWN, None),
+    ("task64 - generic", OWN, GENERIC),
+    ("description - generic", ("description", "sliced", 0), GENERIC),
+    ("task64:norm - generic", ("task64:norm", "sliced", 0), GENERIC),
+    ("task64:frequency - task64", ("task64:frequency", "sliced", 0), OWN),
+    ("another task's - task64", OFF_TASK, OWN),
+    ("zero slots - next best, task64", ("task64", "zero", 0), OWN),
+)
+"""Name, one row, and what it is compared with; None for the whole model."""
 
 
 class Results:
@@ -26,6 +39,7 @@ class Results:
 
     def __init__(self, content: dict[str, Any], group: str = "all"):
         self._passes: dict[str, dict[str, list[float]]] = content["passes"]
+        self._domain_sums: dict[str, dict[str, float]] = content.get("domain_sums", {})
         self._tokens = {d: np.array(v) for d, v in content["scored_tokens"].items()}
         self.num_experts: int = content["model"]["experts"]
         self.domains: list[str] = [
@@ -43,7 +57,7 @@ class Results:
     @property
     def names(self) -> list[str]:
         """Passes that were made."""
-        return list(self._passes)
+        return [*self._passes, *self._domain_sums]
 
     @property
     def rows(self) -> list[tuple[str, str, int]]:
@@ -64,13 +78,15 @@ class Results:
 
     def mean(self, name: str) -> float | None:
         """Return nats a token, the mean over domains; None if the pass was not made."""
-        if name not in self._passes or not self.domains:
+        if name not in self.names or not self.domains:
             return None
         return float(np.mean([self.of_domain(name, domain) for domain in self.domains]))
 
     def of_domain(self, name: str, domain: str) -> float:
         """Return nats a token of one domain."""
-        return float(self._sums(name, domain).sum() / self._tokens[domain].sum())
+        known = self._domain_sums.get(name)
+        total = self._sums(name, domain).sum() if known is None else known[domain]
+        return float(total / self._tokens[domain].sum())
 
     def difference(self, name: str, other: str) -> tuple[float, float, float] | None:
         """Return name minus other and the ends of its 95 % interval; None without both."""
@@ -102,11 +118,37 @@ def row_label(row: tuple[str, str, int]) -> str:
     return criterion + zero + (f", of another task ({rotation} behind)" if rotation else "")
 
 
+def compact(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a measurement without the texts' sums that no interval is made of."""
+    compared = {row for _, one, other in DIFFERENCES for row in (one, other) if row is not None}
+    amounts = Results(content).amounts
+    kept = {"whole", *(pass_name(row, n) for row in compared for n in amounts)}
+    passes: dict[str, dict[str, list[float]]] = content["passes"]
+    return content | {
+        "passes": {
+            name: {domain: [float(f"{x:.4g}") for x in sums] for domain, sums in found.items()}
+            for name, found in passes.items()
+            if name in kept
+        },
+        "domain_sums": {
+            name: {domain: round(sum(sums), 1) for domain, sums in found.items()}
+            for name, found in passes.items()
+            if name not in kept
+        },
+    }
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("results", type=Path)
-    content = json.loads(parser.parse_args().results.read_text(encoding="utf-8"))
+    parser.add_argument("--compact", type=Path, help="write what the tables need")
+    arguments = parser.parse_args()
+    content = json.loads(arguments.results.read_text(encoding="utf-8"))
+    if arguments.compact:
+        content = compact(content)
+        text = json.dumps(content, separators=(",", ":"))
+        arguments.compact.write_text(text + "\n", encoding="utf-8")
     for group in GROUPS:
         results = Results(content, group)
         if results.domains:
@@ -138,14 +180,7 @@ def _print_amounts(results: Results) -> None:
         [row_label(row), *(_nats(results.mean(pass_name(row, n))) for n in amounts)]
         for row in results.rows
     ]
-    own, generic, zero = (("task64", "sliced", 0), ("generic", "sliced", 0), ("task64", "zero", 0))
-    for label, one, other in (
-        ("task64 - generic", own, generic),
-        ("task64 - whole", own, None),
-        ("description - generic", ("description", "sliced", 0), generic),
-        ("another task's - task64", OFF_TASK, own),
-        ("zero slots - next best, task64", zero, own),
-    ):
+    for label, one, other in DIFFERENCES:
         cells = []
         for n in amounts:
             gap = results.difference(
@@ -158,10 +193,7 @@ def _print_amounts(results: Results) -> None:
 
 
 def _print_domains(results: Results) -> None:
-    names = [
-        (pass_name(("task64", "sliced", 0), n), pass_name(("generic", "sliced", 0), n))
-        for n in results.amounts
-    ]
+    names = [(pass_name(OWN, n), pass_name(GENERIC, n)) for n in results.amounts]
     pairs = [pair for pair in names if all(name in results.names for name in pair)]
     rows = [
         [

@@ -86,7 +86,12 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def build_rows(
-    data: Path, tokenizer: Tokenizer, *, skip_sources: tuple[str, ...] = (), limit: int = 0
+    data: Path,
+    tokenizer: Tokenizer,
+    *,
+    skip_sources: tuple[str, ...] = (),
+    limit: int = 0,
+    mixed: bool = True,
 ) -> Rows:
     """Return all training text as rows, instruction rows first.
 
@@ -95,6 +100,7 @@ def build_rows(
         tokenizer: of the model.
         skip_sources: records whose source begins with one of these are left out.
         limit: records a file, for tests; 0 reads all.
+        mixed: whether an instruction row may hold examples of several domains.
     """
     paths = [
         path
@@ -124,7 +130,9 @@ def build_rows(
         else:
             answers += _instructions(used, tokenizer, len(names) - 1)
     random.Random(0).shuffle(answers)
-    tokens, targets, domains = _packed(answers)
+    domain_answers = [[one for one in answers if one[2] == index] for index in range(len(names))]
+    packed = [_packed(pieces) for pieces in ([answers] if mixed else domain_answers)]
+    tokens, targets, domains = (np.concatenate(part) for part in zip(*packed, strict=True))
     return Rows(
         tokens=np.concatenate([tokens, *(part[0] for part in parts)]),
         is_target=np.concatenate([targets, *(part[1] for part in parts)]),
