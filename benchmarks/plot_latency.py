@@ -1,4 +1,4 @@
-"""Draw docs/latency-growth.png, or print the tables of docs/latency.md, from the suite's results.
+"""Draw the pictures of docs/latency.md, or print the tables of that page, from the suite's results.
 
 python benchmarks/plot_latency.py
 python benchmarks/plot_latency.py --tables
@@ -21,6 +21,7 @@ from matplotlib import pyplot
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "latency"
 PICTURE = ROOT / "docs" / "latency-growth.png"
+MIXTURE_PICTURE = ROOT / "docs" / "latency-mixture.png"
 
 Row = dict[str, Any]
 COLORS = {
@@ -93,6 +94,42 @@ def draw_tasks(axes: Axes) -> None:
     axes.set_title("tasks")
 
 
+def draw_mixture() -> None:
+    """Write the picture of a mixture cut to half of its experts: memory, prompt, decoding."""
+    content = read("30b-a3b-4bit")
+    rows = {row["name"]: row for row in content["rows"]}
+    shown = {
+        latency.DENSE: "all 128 experts",
+        latency.SMALL: "built with 64",
+        latency.PER_TASK: "cut to 64",
+    }
+    panels = {
+        "memory, GB": lambda row: row["peak_memory_bytes"] / 1e9,
+        "time to first token, s": lambda row: row["ttft"]["median_s"],
+        "tokens/s": lambda row: row["tokens_per_s"],
+    }
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(10, 2.6), dpi=110)
+    for one, (title, value) in zip(axes, panels.items(), strict=True):
+        bars = one.barh(
+            list(shown.values()),
+            [value(rows[name]) for name in shown],
+            color=[COLORS[name] for name in shown],
+        )
+        one.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
+        one.margins(x=0.15)
+        one.invert_yaxis()
+        one.set_title(title, fontsize=9)
+        one.spines[["top", "right"]].set_visible(False)
+    machine = content["machine"]
+    figure.suptitle(
+        f"Qwen3-30B-A3B shape, 4 bits, 4096 prompt tokens, "
+        f"{machine['device']}, mlx {machine['mlx']}",
+        fontsize=9,
+    )
+    figure.tight_layout()
+    figure.savefig(MIXTURE_PICTURE)
+
+
 def draw() -> None:
     """Write the picture: growth with the prompt, with K where it was swept, and with tasks."""
     panels = [draw_prompts, draw_tasks]
@@ -127,6 +164,7 @@ def main() -> None:
         print_tables()
     else:
         draw()
+        draw_mixture()
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """Tables of a run: function against the whole model, and which cheap figure foretells it.
 
     python analyse.py OUT [OUT ...] [--baseline whole] [--fidelity mbpp,math]
+    python analyse.py ../results/function/qwen2.5-coder-0.5b.jsonl      # the rows of the docs
 
-Prints Markdown. Differences are paired by item, with a 95 % bootstrap interval over items; turns
-of one conversation are drawn together. Correlations are Spearman's over the rows whose names begin
-with ``fidelity/`` (and the whole model), between each figure and the score of the same sets.
+OUT is the folder of a run or a file of rows. Prints Markdown. Differences are paired by item, with
+a 95 % bootstrap interval over items; turns of one conversation are drawn together. Correlations
+are Spearman's over the rows whose names begin with ``fidelity/``, between each figure and the score
+of the same sets. The last table asks what a user needs to know: from which value of a figure on is
+function lost, whatever was done to the model?
 """
 
 import argparse
@@ -50,13 +53,17 @@ def main() -> None:
             print(f"\n### {model}: fidelity rows\n\n{fidelity_table(rows, sets)}")
             print(f"\n### {model}: rank correlation with function\n")
             print(correlation_table(rows, sets))
+        print(
+            f"\n### {model}: function by what changed\n\n{changed_table(own, arguments.baseline)}"
+        )
 
 
 def load(folders: Sequence[Path]) -> list[Line]:
     """Return the lines of some runs; of rows that are in several, the last."""
     lines: dict[str, Line] = {}
-    for folder in folders:
-        for text in (folder / "rows.jsonl").read_text("utf-8").splitlines():
+    for path in folders:
+        file = path / "rows.jsonl" if path.is_dir() else path
+        for text in file.read_text("utf-8").splitlines():
             line = json.loads(text)
             lines[line["key"]] = line
     return list(lines.values())
@@ -193,6 +200,48 @@ def correlation_table(lines: Sequence[Line], sets: Sequence[str]) -> str:
     table = [["figure", *header], ["---"] * (len(header) + 1)]
     table += [[name, *(f"{value:.3f}" for value in found[name])] for name in order]
     return _markdown(table)
+
+
+def changed_table(lines: Sequence[Line], baseline: str) -> str:
+    """Return every row and set by what changed in it, and what of the function is left.
+
+    *Changed*: of 100 tokens sampled where the whole model was, on its own answers, how many would
+    be others. The pooled correlations are over all lines of the table, of each figure with the
+    score's share of the whole model's.
+    """
+    base = {line["set"]: line for line in lines if line["row"]["name"] == baseline}
+    rows = [
+        line
+        for line in lines
+        if "own" in line and line["outcomes"] and not line["row"]["name"].startswith(baseline)
+    ]
+    rows.sort(key=lambda line: line["own"]["acceptance"], reverse=True)
+    table = [["changed", "row", "set", "points", "left"], ["---"] * 5]
+    left = []
+    for line in rows:
+        whole = base[line["set"]]
+        left.append(line["score"] / whole["score"])
+        mean, low, high, *_ = paired_difference(line["outcomes"], whole["outcomes"])
+        table.append(
+            [
+                f"{100 * (1 - line['own']['acceptance']):.2f}",
+                line["row"]["name"],
+                line["set"],
+                f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
+                f"{left[-1]:.0%}",
+            ]
+        )
+    pooled = [["figure", "pooled"], ["---"] * 2]
+    found = {}
+    for kind in ("own", "free_running"):
+        for name in rows[0][kind] if rows else ():
+            if name not in _NOT_CANDIDATES:
+                sign = 1 if name in HIGHER_IS_BETTER else -1
+                figures = np.array([sign * line[kind][name] for line in rows])
+                found[f"{kind}.{name}"] = spearman(figures, np.array(left))
+    order = sorted(found, key=lambda name: -np.nan_to_num(found[name], nan=-2))
+    pooled += [[name, f"{found[name]:.3f}"] for name in order]
+    return f"{_markdown(table)}\n\n{_markdown(pooled)}"
 
 
 def spearman(a: Floats, b: Floats) -> float:

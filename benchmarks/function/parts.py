@@ -161,7 +161,10 @@ def with_rounded_weights(model: nn.Module, bits: int) -> nn.Module:
     copy: nn.Module = clone_module(model)
     for _, module in copy.named_modules():
         if _is_rounded(module):
-            packed = mx.quantize(module.weight, group_size=GROUP_SIZE, bits=bits)
+            # Columns that mx.take gathered on CUDA lie the other way round, and there mx.quantize
+            # reads them as if they did not (mlx 0.32.4).
+            plain = mx.contiguous(module.weight)
+            packed = mx.quantize(plain, group_size=GROUP_SIZE, bits=bits)
             module.weight = mx.dequantize(*packed, group_size=GROUP_SIZE, bits=bits).astype(
                 module.weight.dtype
             )
