@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +22,11 @@ if TYPE_CHECKING:  # the command line must not load mlx before a command needs i
 
 
 def load_assistant(
-    options: AssistantOptions, *, task: str | None = None, preload: bool = True
+    options: AssistantOptions,
+    *,
+    task: str | None = None,
+    preload: bool = True,
+    as_stored: bool = False,
 ) -> Assistant:
     """Load the model that the options name, with a spinner while that takes.
 
@@ -28,6 +34,7 @@ def load_assistant(
         options: which model, and how it is used.
         task: what it will be used for, if that is known: ``ifp fit`` may have measured it.
         preload: False leaves the dense model alone until something needs it.
+        as_stored: sub-networks are to be written, not computed with.
     """
     source = options.source
     with working(f"loading {Path(source.model).name}"):
@@ -45,7 +52,7 @@ def load_assistant(
             adapter=source.adapter,
             use_adapter=not source.no_adapter,
             selector=None if auto else SelectorSpec.parse(options.selector),
-            options=options.cut,
+            options=dataclasses.replace(options.cut, as_stored=as_stored),
             reads_with_part=options.read_with == "part" or bool(setting and setting.only_reads),
             cache=None if options.no_cache else TaskCache(subnet_cache_folder()),
             reuse_threshold=options.reuse,
@@ -100,6 +107,8 @@ def choose_subnetwork(
     options: SubnetOptions,
     first_message: str,
     examples: Sequence[TaskExample] = (),
+    *,
+    where_it_pays: bool = False,
 ) -> SubNetwork:
     """Return the sub-network for the task, or for the first message if there is no task.
 
@@ -108,10 +117,15 @@ def choose_subnetwork(
         options: which one.
         first_message: what selects without a task.
         examples: inputs of the task, which select along with its description.
+        where_it_pays: let the message select only where it is answered sooner so; the whole model
+            answers otherwise. An amount that the user names is always cut.
     """
     if options.dense:
         return assistant.dense()
     kept = num_kept_units(assistant, options.amount, options.task)
+    is_free = options.task is None and not options.amount.is_given
+    if where_it_pays and is_free and not assistant.selecting_pays(first_message, kept):
+        return dataclasses.replace(assistant.dense(), prompt_too_short=True)
     if (caution := _caution(assistant, kept, options.task)) is not None:
         say(caution)
     with working("preparing the sub-network"):
@@ -125,9 +139,14 @@ def _caution(assistant: Assistant, kept: int, task: str | None) -> str | None:
     share = kept / assistant.num_units
     setting = task_setting(assistant.model_path, task)
     measured = setting is not None and kept >= setting.num_kept_units
-    if measured or assistant.reads_with_part or assistant.files.is_adapted:
+    if measured or assistant.files.is_adapted:
         return None
     label = assistant.kind.label
+    if assistant.reads_with_part:
+        return (
+            f"reading with {share:.0%} of the {label}: not measured for this task, and two thirds "
+            "cost a 0.5B coder every seventh function it got right; ifp fit does it"
+        )
     if assistant.kind.router is not None:
         if share > RISKY_EXPERT_SHARE:
             return None
@@ -145,6 +164,11 @@ def describe_subnetwork(subnet: SubNetwork) -> str:
     units = subnet.kind.label
     if subnet.reader is not None:
         return f"the whole model writes; to read, {describe_subnetwork(subnet.reader)}"
+    if subnet.prompt_too_short:
+        return (
+            f"the whole model answers ({subnet.num_units} {units} a layer): to select a part for "
+            "this prompt would take longer than it saves; --task or --keep does select"
+        )
     if subnet.selection is None:
         return f"dense: all {subnet.num_units} {units} of each layer"
     memory = part_of_bytes(subnet.size.num_bytes, subnet.source.num_bytes)
@@ -165,12 +189,13 @@ def describe_subnetwork(subnet: SubNetwork) -> str:
     line = f"selected {amount} {purpose}: {memory}, {subnet.selector}, {selected}, {times}"
     if subnet.close_task is not None:
         close = subnet.close_task
-        line += f'\nclose to "{title(close.task)}" ({close.overlap:.2f}): --reuse takes its units'
+        share = math.floor(100 * close.overlap) / 100  # what --reuse must be for it
+        line += f'\nclose to "{title(close.task)}": --reuse {share:.2f} would take its units'
     return line
 
 
 def _requantization(subnet: SubNetwork) -> str:
-    """Return what to say of columns of packed down projections, which were rounded again."""
+    """Return what to say of weights that could not stay packed as they were."""
     if not subnet.requantization_error:
         return ""
-    return f", down projections at 8 bits (error {subnet.requantization_error:.2%})"
+    return f", packed again (error {subnet.requantization_error:.2%})"

@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -92,3 +92,19 @@ def parse(words: list[str]) -> None:
 @pytest.mark.parametrize(("place", "words"), [pytest.param(*c, id=c[0]) for c in commands()])
 def test_commands_in_the_documentation_exist(place: str, words: list[str]) -> None:
     parse(words)
+
+
+def test_python_example_of_the_readme_runs(
+    tmp_path: Path,
+    write_tiny_checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With a tiny model under the name of the default one."""
+    monkeypatch.setenv("IFP_HOME", str(tmp_path))
+    (tmp_path / "models").mkdir()
+    write_tiny_checkpoint(tmp_path / "models" / "smollm2-135m", intermediate_size=1536)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    assert capsys.readouterr().out

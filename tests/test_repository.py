@@ -33,9 +33,10 @@ def test_linked_packages_have_one_import_name() -> None:
     assert "import ifp_mlx.cli, not cli" in run.stderr
 
 
-def test_list_of_files_is_current() -> None:
+@pytest.mark.parametrize("script", ["make_files.py", "make_readme.py"])
+def test_what_is_written_from_other_files_is_current(script: str) -> None:
     run = subprocess.run(
-        [sys.executable, str(ROOT / "docs" / "make_files.py"), "--check"],
+        [sys.executable, str(ROOT / "docs" / script), "--check"],
         capture_output=True,
         text=True,
         check=False,

@@ -1,0 +1,99 @@
+"""Write the tables of README.md from stored results; ``--check`` only compares.
+
+A table stands between ``<!-- NAME -->`` and ``<!-- end of NAME -->``.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import make_fits
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "README.md"
+FUNCTION = ROOT / "benchmarks" / "results" / "function" / "qwen2.5-coder-0.5b.jsonl"
+HELD_OUT = ROOT / "docs" / "training" / "held-out.jsonl"
+
+TRAINED = {
+    "one static mask, trained alike": "static-2-bit",
+    "**shipped adapter, per task description**": "ifp-joint-2-bit+task",
+    "**shipped adapter, per input**": "ifp-joint-2-bit",
+    "control: one mask for all": "ifp-joint-2-bit+fixed",
+    "control: another domain's mask": "ifp-joint-2-bit+shuffled",
+}
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def as_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def equal_bytes() -> str:
+    """Return function against bytes: the whole model in fewer bits, and fewer FFN units."""
+    found = {record["key"].partition("|")[2]: record for record in read(FUNCTION)}
+
+    def row(label: str, key: str) -> list[str]:
+        code, maths = found[f"{key}|mbpp"], found[f"{key}|math"]
+        scores = [f"{100 * record['score']:.1f} %" for record in (code, maths)]
+        return [label, f"{code['part_bytes'] / 1e6:.0f} MB", *scores]
+
+    rows = [row("whole, 16 bits", "whole")]
+    rows += [row(f"whole, {bits} bits", f"fidelity/bits-{bits}/kept-100") for bits in (8, 4)]
+    rows += [
+        row(f"{kept} % of the units, 16 bits", f"fidelity/bits-16/kept-{kept}")
+        for kept in (90, 67, 50)
+    ]
+    return as_table(("", "weights", "functions right", "sums right"), rows)
+
+
+def trained() -> str:
+    """Return what the shipped adapter reaches on held-out text, with its controls."""
+    found = {record["row"]: record for record in read(HELD_OUT) if record["limit"] is None}
+
+    def cell(name: str) -> str:
+        return f"{found[name]['instructions']:.3f} / {found[name]['documents']:.3f}"
+
+    rows = [
+        [label, *(cell(f"{name}@{kept}") for kept in (512, 768))] for label, name in TRAINED.items()
+    ]
+    rows.append(["all 1536 units, trained", cell("dense"), ""])
+    return as_table(("", "512 of 1536 units", "768 of 1536 units"), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "what fits": make_fits.table,
+    "equal bytes": equal_bytes,
+    "trained": trained,
+}
+
+
+def main() -> int:
+    """Rewrite the tables, or with ``--check`` return 1 if one is out of date."""
+    text = wanted = PAGE.read_text(encoding="utf-8")
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        block = begin + table() + end
+        wanted, count = pattern.subn(lambda _, block=block: block, wanted)
+        if count != 1:
+            sys.stderr.write(f"{PAGE.name} has {count} tables {name!r}\n")
+            return 1
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(wanted, encoding="utf-8")
+        return 0
+    if wanted != text:
+        sys.stderr.write(f"{PAGE.name}: a table is old; run docs/make_readme.py\n")
+    return int(wanted != text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
