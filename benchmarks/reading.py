@@ -100,10 +100,6 @@ def main() -> None:
         selection_s.append(time.process_time() - start)
         assert subnet.reader is not None
         rows.append(Row(f"part, {subnet.reader.num_kept_units} units", subnet))
-    for repeat in range(arguments.repeats):
-        for row in rows[repeat % len(rows) :] + rows[: repeat % len(rows)]:
-            first_token(assistant, row, messages)
-            print(f"{row.name}: {row.wall_s[-1]:.1f} s, CPU {row.cpu_s[-1]:.1f} s", flush=True)
     result = {
         "benchmark": "reading",
         "machine": machine(),
@@ -113,15 +109,20 @@ def main() -> None:
         "prompt_tokens": len(chat_ids(assistant.tokenizer, messages)),
         "num_units": assistant.num_units,
         "select_and_cut_cpu_s": selection_s,
-        "rows": [row.document(whole) for row in rows],
     }
+    for repeat in range(arguments.repeats):
+        for row in rows[repeat % len(rows) :] + rows[: repeat % len(rows)]:
+            first_token(assistant, row, messages)
+            print(f"{row.name}: {row.wall_s[-1]:.1f} s, CPU {row.cpu_s[-1]:.1f} s", flush=True)
+        result["rows"] = [row.document(whole) for row in rows]
+        if arguments.output is not None:
+            arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"\n| prompt read by | first token, s | CPU s | ratio | CPU ratio |\n{'|---' * 5}|")
-    for row, found in zip(rows, result["rows"], strict=True):
+    for row in rows:
+        found = row.document(whole)
         wall, cpu = statistics.median(row.wall_s), statistics.median(row.cpu_s)
         ratios = f"{found['wall_ratio']:.3f} | {found['cpu_ratio']:.3f}"
         print(f"| {row.name} | {wall:.1f} | {cpu:.1f} | {ratios} |")
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def _ratio(values: list[float], others: list[float]) -> float:

@@ -6,24 +6,46 @@ import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from ifp_mlx.cli.prompt_progress import PromptProgress
 from ifp_mlx.cli.terminal import answer_console, shows_markdown
 
+OnRead = Callable[[int, int], None]
+"""Takes the tokens of the prompt that are read, and how many there are."""
 
-def stream_answer(pieces: Iterator[str], write: Callable[[str], None]) -> bool:
+
+def stream_answer(begin: Callable[[OnRead], Iterator[str]], write: Callable[[str], None]) -> bool:
     """Pass each piece of an answer on as it comes; return whether Ctrl-C ended it early.
 
-    The iterator is closed in that case, which keeps what was generated in the conversation.
+    Until the first piece, how much of the prompt is read is shown on a terminal. The iterator is
+    closed in the end, which keeps what was read and generated in the conversation.
+
+    Args:
+        begin: takes what is to be told how much of the prompt is read, returns the answer.
+        write: takes the pieces.
     """
-    close = getattr(pieces, "close", lambda: None)
-    with _ctrl_c_asks() as stop_wanted:
+    with ctrl_c_asks() as stop_wanted, PromptProgress() as progress:
+
+        def on_read(done: int, total: int) -> None:
+            if stop_wanted():
+                raise _Stopped
+            progress.show(done, total)
+
+        pieces = begin(on_read)
+        close = getattr(pieces, "close", lambda: None)
         try:
             for piece in pieces:
                 write(piece)
                 if stop_wanted():
                     return True
+        except _Stopped:
+            return True
         finally:
             close()
         return stop_wanted()
+
+
+class _Stopped(Exception):
+    """Ctrl-C was pressed while the prompt was read."""
 
 
 @contextlib.contextmanager
@@ -49,7 +71,7 @@ def answer_writer(*, markdown: bool) -> Iterator[Callable[[str], None]]:
 
 
 @contextlib.contextmanager
-def _ctrl_c_asks() -> Iterator[Callable[[], bool]]:
+def ctrl_c_asks() -> Iterator[Callable[[], bool]]:
     """Within the block the first Ctrl-C sets a flag, so that no step is torn; a second one raises.
 
     Yields:

@@ -6,43 +6,86 @@ answer without loading mlx; and a command line that names its command loads no o
 
 import atexit
 import contextlib
+import dataclasses
+import difflib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from ifp_mlx import __version__
+from ifp_mlx.cli.help_sections import (
+    DEVELOPERS,
+    MODELS,
+    TALK,
+    TASKS,
+    CommandGroup,
+)
 from ifp_mlx.cli.library_warnings import library_warnings_shown
-from ifp_mlx.cli.terminal import complain, prepare_streams
+from ifp_mlx.cli.terminal import complain, prepare_streams, say
 from ifp_mlx.errors import IFPError, UsageError
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
-# Name -> function in the module of that name, or a group of commands.
+
+@dataclasses.dataclass(frozen=True)
+class _Command:
+    """Where a command is: a module of this package, a function or a group of commands in it.
+
+    Attributes:
+        module: without the package's name.
+        attribute: of the module.
+        section: of the help; None hides the command.
+    """
+
+    module: str
+    attribute: str
+    section: str | None
+
+
 _COMMANDS = {
-    "pull": "pull",
-    "chat": "chat",
-    "generate": "generate",
-    "fit": "fit",
-    "cache": "app",
-    "tasks": "tasks",
-    "convert": "convert",
-    "quantize": "quantize",
-    "export": "export",
-    "prepare": "prepare",
-    "calibrate": "calibrate",
-    "serve": "serve",
-    "train": "train",
-    "eval": "evaluate",
-    "overlap": "overlap",
-    "bench": "app",
-    "doctor": "doctor",
+    "pull": _Command("pull", "pull", TALK),
+    "chat": _Command("chat", "chat", TALK),
+    "generate": _Command("generate", "generate", TALK),
+    "serve": _Command("serve", "serve", TALK),
+    "doctor": _Command("doctor", "doctor", TALK),
+    "cache": _Command("cache", "app", TASKS),
+    "fit": _Command("fit", "fit", TASKS),
+    "task": _Command("presets", "app", TASKS),
+    "models": _Command("models", "app", MODELS),
+    "convert": _Command("convert", "convert", MODELS),
+    "quantize": _Command("quantize", "quantize", MODELS),
+    "export": _Command("export", "export", MODELS),
+    "calibrate": _Command("calibrate", "calibrate", DEVELOPERS),
+    "train": _Command("train", "train", DEVELOPERS),
+    "eval": _Command("eval", "evaluate", DEVELOPERS),
+    "bench": _Command("bench", "app", DEVELOPERS),
+    "tasks": _Command("task_tree", "tasks", None),
+    "prepare": _Command("prepare", "prepare", None),
+    "overlap": _Command("overlap", "overlap", None),
 }
+_FORMER = {
+    "tasks": "ifp cache list --tree",
+    "prepare": "ifp convert MODEL --unit-major",
+    "overlap": "ifp eval --overlap",
+}
+"""Names of an earlier release, which still work, and what is called so now."""
+
+_ELSEWHERE = {
+    "list": "ifp models list shows the models here, ifp cache list the tasks that are ready",
+    "ls": "ifp models list shows the models here, ifp cache list the tasks that are ready",
+    "run": "ifp chat --model MODEL talks with a model, ifp pull MODEL fetches one",
+    "rm": "ifp models rm removes a model, ifp cache rm a task's sub-network",
+    "show": "ifp models show describes a model, ifp cache show a task's sub-network",
+    "ask": 'ifp generate "..." answers one prompt, ifp chat talks',
+    "benchmark": "ifp bench measures speed, ifp eval quality",
+}
+"""What other programs call their commands, and where it is here."""
 
 
 def make_app(only: str | None = None) -> typer.Typer:
@@ -51,21 +94,21 @@ def make_app(only: str | None = None) -> typer.Typer:
     Args:
         only: the one command that it is made of; None makes it of all.
     """
-    app = typer.Typer(
+    app = CommandGroup(
         name="ifp",
-        no_args_is_help=True,
         add_completion=True,
         pretty_exceptions_enable=False,
-        rich_markup_mode=None,  # plain help: Rich's tables leave too little room for the text
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.callback()(ifp)
+    app.callback(epilog="ifp COMMAND --help explains a command; so does ifp help COMMAND.")(ifp)
     for name in _COMMANDS if only is None else [only]:
-        command = getattr(importlib.import_module(f"ifp_mlx.cli.{name}"), _COMMANDS[name])
+        row = _COMMANDS[name]
+        command = getattr(importlib.import_module(f"ifp_mlx.cli.{row.module}"), row.attribute)
+        placed: dict[str, Any] = {"rich_help_panel": row.section, "hidden": row.section is None}
         if isinstance(command, typer.Typer):
-            app.add_typer(command, name=name)
+            app.add_typer(command, name=name, **placed)
         else:
-            app.command(name)(command)
+            app.command(name, **placed)(command)
     return app
 
 
@@ -83,10 +126,15 @@ def ifp(
         ),
     ] = False,
 ) -> None:
-    """Chat with the part of a language model that your task needs.
+    """Run a language model on this machine, cut down to what your task needs.
 
-    ifp picks the units that a task uses (FFN units, or experts of a mixture), slices them into a
-    smaller model and talks with that. Answers go to standard output, everything else to standard error.
+    A model's layers consist of thousands of units, and one task uses some of them far more than the
+    others. ifp keeps those, for a task that you describe in a sentence, as a smaller model: the
+    task's sub-network.
+
+    Answers go to standard output, everything else to standard error.
+
+    To begin: ifp pull smollm2-135m, then ifp chat --task "help me write Python"
     """
     from ifp_mlx.blas import prefer_openblas
 
@@ -103,9 +151,16 @@ def run(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     try:
         _refuse_bytes(words)
-        app = make_app(words[0] if words and words[0] in _COMMANDS else None)
+        if words[:1] == ["help"]:
+            words = [*words[1:], "--help"]
+        name = words[0] if words and not words[0].startswith("-") else None
+        if name is not None and name not in _COMMANDS:
+            raise UsageError(f"No such command {name!r}. {_where(name)}")
+        if name in _FORMER:
+            say(f"ifp {name} is now called {_FORMER[name]}")
+        app = make_app(name)
         with library_warnings_shown():
-            code = app(arguments, prog_name="ifp", standalone_mode=False)
+            code = app(words, prog_name="ifp", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except BrokenPipeError:
@@ -124,6 +179,15 @@ def run(arguments: list[str] | None = None) -> int:
         what = error.filename if error.filename is not None else "standard output"
         complain(f"cannot use {what}: {error.strerror or error}")
         return EXIT_FAILED
+
+
+def _where(name: str) -> str:
+    """Return where to find what a word that is no command may mean."""
+    if name in _ELSEWHERE:
+        return _ELSEWHERE[name]
+    shown = [known for known, command in _COMMANDS.items() if command.section]
+    near = difflib.get_close_matches(name, shown)
+    return f"Did you mean {' or '.join(near)}?" if near else "ifp --help lists them"
 
 
 def _refuse_bytes(words: Sequence[str]) -> None:

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ifp_mlx.cli import options
+from ifp_mlx.cli.help_sections import CommandGroup
 from ifp_mlx.cli.loading import choose_subnetwork, describe_subnetwork, load_assistant
 from ifp_mlx.cli.option_groups import expands_options
+from ifp_mlx.cli.picture import draw_entry
+from ifp_mlx.cli.task_tree import DEFAULT_THRESHOLD, Picture, Threshold, tasks
 from ifp_mlx.cli.terminal import answer_console, gigabytes, plural, print_json, say, title
+from ifp_mlx.errors import UsageError
 
 if TYPE_CHECKING:
     from ifp_mlx.subnets.task_cache import CacheEntry, TaskCache
 
 _KEY_CHARACTERS = 8
-app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="List, inspect and clean the cached sub-networks.",
-)
+app = CommandGroup("List, inspect and clean the sub-networks that are ready for their tasks.")
 
 Name = Annotated[
     str,
@@ -30,12 +30,25 @@ Name = Annotated[
 
 
 @app.command("list")
-def list_entries(as_json: options.AsJson = False) -> None:
+def list_entries(
+    tree: Annotated[
+        bool,
+        typer.Option("--tree", help="Group the tasks by how much their sub-networks share."),
+    ] = False,
+    threshold: Threshold = DEFAULT_THRESHOLD,
+    png: Picture = None,
+    as_json: options.AsJson = False,
+) -> None:
     """List the cached sub-networks, the latest used first."""
+    if tree:
+        tasks(threshold, png, as_json)
+        return
+    if png is not None:
+        raise UsageError("--png draws the tree; add --tree")
     cache = _open_cache()
     entries = cache.entries()
     if as_json:
-        print_json([_record(entry) for entry in entries])
+        print_json([_record(cache, entry) for entry in entries])
         return
     if not entries:
         say('the cache is empty; ifp cache add "help me write Python" fills it')
@@ -43,16 +56,18 @@ def list_entries(as_json: options.AsJson = False) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from ifp_mlx.subnets.compact_store import stored_bytes
+    from ifp_mlx.subnets.compact_store import DEFAULT_MAX_BYTES, stored_bytes
 
     table = Table(box=None, pad_edge=False)
-    for heading in ("key", "task", "units", "selector", "model", "used"):
+    for heading in ("key", "task", "units", "on disk", "in memory", "selector", "model", "used"):
         table.add_column(heading, overflow="fold" if heading == "task" else "ellipsis")
     for entry in entries:
         table.add_row(
             entry.path.stem[:_KEY_CHARACTERS],
             Text(title(entry.key.task)),
             f"{entry.key.num_kept_units}/{entry.num_units}",
+            gigabytes(_bytes_on_disk(cache, entry)),
+            "" if entry.memory_bytes is None else gigabytes(entry.memory_bytes),
             entry.key.selector,
             entry.model_name,
             _age(entry.last_used_s),
@@ -61,15 +76,35 @@ def list_entries(as_json: options.AsJson = False) -> None:
     total_bytes = sum(entry.size_bytes for entry in entries)
     say(
         f"{plural(len(entries), 'sub-network')}, {gigabytes(total_bytes)}, and "
-        f"{gigabytes(stored_bytes(cache.compact_folder))} of weights in {cache.folder}"
+        f"{gigabytes(stored_bytes(cache.compact_folder))} of weights in {cache.folder}; "
+        f"at {gigabytes(DEFAULT_MAX_BYTES)} of weights the least recently used go"
     )
 
 
 @app.command("show")
-def show(name: Name, as_json: options.AsJson = False) -> None:
-    """Show one sub-network, and how much it has in common with the others of its model."""
+def show(
+    name: Name,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            "--picture", metavar="FILE.svg", help="Draw its units, layer by layer, as SVG."
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against", metavar="TASK|KEY", help="Draw what it shares with this one of its model."
+        ),
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Show one sub-network, and how much it has in common with others of the same model."""
     cache = _open_cache()
     entry = cache.find(name)
+    if picture is not None:
+        draw_entry(picture, entry, None if against is None else cache.find(against))
+    elif against is not None:
+        raise UsageError("--against is for the picture; add --picture FILE.svg")
     overlaps = sorted(_overlaps(cache, entry), key=lambda pair: -pair[1])
     if as_json:
         shared = [
@@ -82,7 +117,7 @@ def show(name: Name, as_json: options.AsJson = False) -> None:
             }
             for other, overlap in overlaps
         ]
-        print_json({**_record(entry), "overlaps": shared})
+        print_json({**_record(cache, entry), "overlaps": shared})
         return
     from rich.table import Table
     from rich.text import Text
@@ -101,9 +136,12 @@ def show(name: Name, as_json: options.AsJson = False) -> None:
         facts.add_row("read", f"the description and {plural(entry.num_examples, 'example')}")
     facts.add_row("model", entry.model_name)
     if entry.requantization_error:
-        facts.add_row("down", f"quantized again at 8 bits, error {entry.requantization_error:.2%}")
+        facts.add_row("packed again", f"with an error of {entry.requantization_error:.2%}")
     facts.add_row("created", f"{_age(entry.created_s)}, used {_age(entry.last_used_s)}")
-    facts.add_row("file", f"{entry.path} ({gigabytes(entry.size_bytes)})")
+    weights = gigabytes(_bytes_on_disk(cache, entry) - entry.size_bytes)
+    facts.add_row("file", f"{entry.path} ({gigabytes(entry.size_bytes)}, {weights} of weights)")
+    if entry.memory_bytes is not None:
+        facts.add_row("memory", gigabytes(entry.memory_bytes))
     console = answer_console()
     console.print(facts)
     if overlaps:
@@ -129,15 +167,16 @@ def add(
         typer.Option(
             "--examples",
             metavar="FILE",
-            help="Inputs of the task, which select along with the description: a request a line, "
-            'or a .jsonl file of {"prompt": ...}.',
+            help="Inputs of the task, which select along with the description: a request on each "
+            'line, or a .jsonl file of {"prompt": ...}.',
         ),
     ] = None,
     selector: options.Selector = "auto",
+    memory: options.Memory = None,
     source: options.ModelOptions,
     as_json: options.AsJson = False,
 ) -> None:
-    """Select a sub-network for a task now, so that the first chat about it starts faster.
+    """Select a task's sub-network now, so that the first chat about it begins at once.
 
     With --examples it is selected anew, and replaces the one that is cached.
     """
@@ -145,11 +184,12 @@ def add(
 
     inputs = () if examples is None else read_task_examples(examples)
     subnet_options = options.SubnetOptions(task, amount)
-    assistant = load_assistant(options.AssistantOptions(selector, source=source))
+    assistant = load_assistant(options.AssistantOptions(selector, memory=memory, source=source))
     subnet = choose_subnetwork(assistant, subnet_options, task, inputs)
     if as_json:
         key = assistant.cache_key(task, subnet.num_kept_units)
-        print_json(_record(_open_cache().find(key.digest)))
+        cache = _open_cache()
+        print_json(_record(cache, cache.find(key.digest)))
     else:
         say(describe_subnetwork(subnet))
 
@@ -165,12 +205,13 @@ def remove(
     """Remove sub-networks from the cache."""
     cache = _open_cache()
     entries = [cache.find(name) for name in names]  # all are found, or none is removed
+    records = [_record(cache, entry) for entry in entries]
     for entry in entries:
         cache.remove(entry)
         if not as_json:
             say(f'removed "{title(entry.key.task)}" ({entry.path.stem[:_KEY_CHARACTERS]})')
     if as_json:
-        print_json([_record(entry) for entry in entries])
+        print_json(records)
 
 
 @app.command("prune")
@@ -193,7 +234,7 @@ def prune(
     removed = cache.prune(round(max_mb * 1e6))
     compact_store.prune(cache.compact_folder, round(max_mb * 1e6))
     if as_json:
-        print_json([_record(entry) for entry in removed])
+        print_json([_record(cache, entry) for entry in removed])
     else:
         freed_bytes = sum(entry.size_bytes for entry in removed) + before_bytes
         freed_bytes -= compact_store.stored_bytes(cache.compact_folder)
@@ -202,7 +243,7 @@ def prune(
 
 @app.command("verify")
 def verify(as_json: options.AsJson = False) -> None:
-    """Read every entry whole; damaged ones are moved aside and selected again when needed."""
+    """Check every sub-network; damaged ones are moved aside, and selected again when needed."""
     cache = _open_cache()
     problems = cache.verify()
     num_good = len(cache.entries())
@@ -248,7 +289,18 @@ def _overlaps(cache: TaskCache, entry: CacheEntry) -> list[tuple[CacheEntry, flo
     return found
 
 
-def _record(entry: CacheEntry) -> dict[str, Any]:
+def _bytes_on_disk(cache: TaskCache, entry: CacheEntry) -> int:
+    """Return what an entry takes on the disk, without what it shares with others of its model."""
+    from ifp_mlx.errors import SelectionError
+    from ifp_mlx.subnets.compact_store import own_bytes
+
+    try:
+        return entry.size_bytes + own_bytes(cache.compact_folder, entry.load())
+    except SelectionError:  # damaged: ifp cache verify says so
+        return entry.size_bytes
+
+
+def _record(cache: TaskCache, entry: CacheEntry) -> dict[str, Any]:
     return {
         "key": entry.path.stem,
         "task": entry.key.task,
@@ -262,6 +314,8 @@ def _record(entry: CacheEntry) -> dict[str, Any]:
         "created": _iso(entry.created_s),
         "last_used": _iso(entry.last_used_s),
         "size_bytes": entry.size_bytes,
+        "disk_bytes": _bytes_on_disk(cache, entry),
+        "memory_bytes": entry.memory_bytes,
         "requantization_error": entry.requantization_error,
         "num_examples": entry.num_examples,
         "reused_task": entry.reuse.task if entry.reuse else None,

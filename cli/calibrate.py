@@ -61,7 +61,7 @@ def calibrate(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Measure which FFN units matter on your text.
+    """Measure which units of a model matter on your text.
 
     Makes the prior of the static and blend selectors. One pass, one example at a time. Take text
     like what the model will be used for, never the text that you will evaluate on.

@@ -12,14 +12,18 @@ import typer
 
 from ifp_mlx.cli import options
 from ifp_mlx.cli.answer import answer_writer
+from ifp_mlx.cli.help_sections import ADVANCED
 from ifp_mlx.cli.kv_options import KVFileOptions
 from ifp_mlx.cli.option_groups import expands_options
+from ifp_mlx.cli.presets import with_preset
 from ifp_mlx.cli.terminal import (
     complain,
     is_interactive,
     keys_kept_for_the_prompt,
     plural,
+    refuse_several_machines,
     say,
+    status_console,
 )
 from ifp_mlx.errors import IFPError, UsageError
 
@@ -78,14 +82,18 @@ class TurnOptions:
             metavar="OVERLAP",
             min=0.0,
             max=1.0,
-            help="Suggest /retask when a message selects units that have less than this in common "
-            "with the sub-network in use; 0 does not look. Costs one selection a message.",
+            help="Suggest /retask when a message would select units of which less than this share "
+            "is in use; 0 does not look. It costs one selection for each message.",
+            rich_help_panel=ADVANCED,
         ),
     ] = 0.0
     drop_oldest: Annotated[
         bool,
         typer.Option(
-            "--drop-oldest", help="When the context is full forget the oldest turns without asking."
+            "--drop-oldest",
+            help="When the conversation is longer than the model can read, forget its beginning "
+            "without asking.",
+            rich_help_panel=ADVANCED,
         ),
     ] = False
 
@@ -104,13 +112,19 @@ def chat(
 ) -> None:
     """Talk with a model in the terminal.
 
-    /help in the chat lists its commands. Ctrl-C stops a reply, Ctrl-D leaves. Every message is
-    saved as it is sent; --resume continues. Messages can be piped in, one a line.
+    Without --task the first message selects the part of the model that answers. /help in the chat
+    lists its commands, Ctrl-C stops a reply, Ctrl-D leaves. Every message is saved as it is sent,
+    and --resume continues the chat. Messages can be piped in, one on each line.
+
+    Example: ifp chat --task "help me write Python"
     """
+    refuse_several_machines("chat")
     from ifp_mlx.chat.session import SessionSettings
     from ifp_mlx.cli.chat_state import Chat
 
-    sampling = sampling_flags.options
+    wanted = with_preset(context, subnet_options, system_prompt, sampling_flags.options)
+    subnet_options, system_prompt = wanted.subnet_options, wanted.system_prompt
+    sampling = wanted.sampling
     session = _open_session(
         SessionSettings(
             assistant_options.source.model,
@@ -173,6 +187,7 @@ class _ChatLoop:
         self._options = turn_options
         self._commands: ChatCommands = ChatCommands(chat, sessions_folder(), options.model_names)
         self._toolbar_line = ""
+        self._is_off_task = False
         self._reader: Reader = self._make_reader()
 
     def run(self) -> None:
@@ -223,6 +238,7 @@ class _ChatLoop:
         if stopped and not sys.stdin.isatty():
             raise KeyboardInterrupt
         self._say_statistics()
+        self._notice_missing_experts()
         if sys.stdin.isatty():
             say("")  # some air before the next prompt
 
@@ -235,6 +251,21 @@ class _ChatLoop:
             say(
                 f"this message selects other units (overlap {overlap:.2f}); "
                 "/retask reselects, then /retry"
+            )
+
+    def _notice_missing_experts(self) -> None:
+        """Say once when a mixture's routers begin to want what the sub-network lacks."""
+        from ifp_mlx.slicing.drift import leaves_task
+
+        stats, subnet = self._chat.stats, self._chat.answered_by
+        if stats is None or subnet is None or stats.missing_share is None:
+            return
+        was_off_task, share = self._is_off_task, stats.missing_share
+        self._is_off_task = leaves_task(share, subnet.num_kept_units, subnet.num_units)
+        if self._is_off_task and not was_off_task:
+            say(
+                f"this leaves the task: {share:.0%} of the routers' weight wanted experts that are "
+                "not there; /retask selects anew, then /retry, or /keep keeps more"
             )
 
     def _make_room(self, full: ContextFull) -> bool:
@@ -268,7 +299,8 @@ class _ChatLoop:
         stats = self._chat.stats
         if self._chat.shows_statistics and stats is not None and sys.stderr.isatty():
             length = self._chat.assistant.context_length
-            say(turn_statistics(stats, self._chat.num_context_tokens, length))
+            used, width = self._chat.num_context_tokens, status_console().width
+            say(turn_statistics(stats, used, length, width))
 
     def _say_goodbye(self) -> None:
         session = self._chat.session
@@ -288,11 +320,14 @@ class _ChatLoop:
         return LineEditor(home_folder() / "history", completer, lambda: self._toolbar_line)
 
     def _toolbar(self) -> str:
-        from ifp_mlx.cli.statistics_line import context_meter
+        from ifp_mlx.cli.statistics_line import chat_status
 
         chat = self._chat
-        meter = context_meter(chat.num_context_tokens, chat.assistant.context_length)
-        units = f"{chat.subnet.num_kept_units}/{chat.subnet.num_units} units" if chat.subnet else ""
-        return " · ".join(
-            part for part in (meter, units, chat.task, Path(chat.model_name).name) if part
+        return chat_status(
+            chat.subnet,
+            chat.task,
+            Path(chat.model_name).name,
+            chat.num_context_tokens,
+            chat.assistant.context_length,
+            status_console().width,
         )

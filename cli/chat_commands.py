@@ -62,7 +62,9 @@ class ChatCommands:
             "/system": Command("[TEXT|off]", "show or set the system prompt", self._system),
             "/model": Command("[NAME]", "show or change the model", self._model, models),
             "/save": Command("NAME", "give this chat a name", self._save),
-            "/load": Command("NAME", "continue another chat", self._load, self._names),
+            "/load": Command(
+                "[NAME]", "list the saved chats, or continue one", self._load, self._names
+            ),
             "/sessions": Command("", "list the saved chats", self._sessions),
             "/clear": Command("", "begin a new chat", self._clear),
             "/retry": Command("[TEMP]", "answer the last message again", self._retry),
@@ -156,7 +158,8 @@ class ChatCommands:
 
     def _load(self, text: str) -> None:
         if not text:
-            raise UsageError("/load takes a name; /sessions lists them")
+            self._sessions("")
+            return
         if text == self._chat.session.name:
             raise UsageError(f"{text} is the chat you are in")
         self._chat.change_session(Session.load(self._sessions_folder, text))

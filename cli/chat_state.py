@@ -155,8 +155,10 @@ class Chat:
             write(piece)
 
         try:
-            reply = conversation.reply(self._with_system(self.messages), self.sampling)
-            return stream_answer(reply, take)
+            messages = self._with_system(self.messages)
+            return stream_answer(
+                lambda on_read: conversation.reply(messages, self.sampling, on_read), take
+            )
         finally:
             if pieces:
                 self.session.add_message("assistant", "".join(pieces))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import platform
 import shutil
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ifp_mlx import __version__
+from ifp_mlx.blas import ADVICE
 from ifp_mlx.cli import options
 from ifp_mlx.cli.terminal import answer_console, gigabytes, plural, print_json, working
 
@@ -29,7 +29,7 @@ def doctor(
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Check this machine: what it has, and what fits on it."""
+    """Look at this machine: what it has, which models fit, and whether it computes right."""
     with working("looking around"):
         facts: dict[str, Any] = {
             "versions": _versions(),
@@ -65,6 +65,7 @@ def _versions() -> dict[str, str]:
 def _backend() -> dict[str, Any]:
     import mlx.core as mx
 
+    from ifp_mlx.blas import is_loaded
     from ifp_mlx.subnets.memory import usable_memory_bytes
 
     device = mx.default_device()
@@ -78,12 +79,8 @@ def _backend() -> dict[str, Any]:
         "usable_memory_bytes": usable_memory_bytes(),
     }
     if sys.platform == "linux" and device == mx.cpu:
-        facts["openblas"] = _openblas_is_loaded()
+        facts["openblas"] = is_loaded()
     return facts
-
-
-def _openblas_is_loaded() -> bool:
-    return "openblas" in Path("/proc/self/maps").read_text()
 
 
 def _folders() -> dict[str, Any]:
@@ -117,6 +114,7 @@ def _folders() -> dict[str, Any]:
 def _models() -> list[dict[str, Any]]:
     from ifp_mlx.errors import IFPError
     from ifp_mlx.storage.home import models_folder
+    from ifp_mlx.subnets.fits import what_fits
     from ifp_mlx.subnets.memory import checkpoint_sizes, usable_memory_bytes
 
     found: list[dict[str, Any]] = []
@@ -136,6 +134,10 @@ def _models() -> list[dict[str, Any]]:
                 "context_tokens": _CONTEXT_TOKENS,
                 "smallest_k": sizes.amounts.least,
                 "largest_k": sizes.largest_k_that_fits(_CONTEXT_TOKENS, available),
+                "unit_label": sizes.amounts.label,
+                "fits": what_fits(
+                    sizes, context_tokens=_CONTEXT_TOKENS, limit_bytes=available
+                ).line(),
             }
         found.append(facts)
     return found
@@ -200,7 +202,7 @@ def _describe_backend(backend: dict[str, Any]) -> str:
     if backend["cuda"]:
         return "CUDA"
     if backend.get("openblas") is False:
-        return "CPU with reference BLAS: install OpenBLAS (libopenblas0), float32 is 60x faster"
+        return f"CPU; {ADVICE}"
     return "CPU with OpenBLAS" if backend.get("openblas") else "CPU"
 
 
@@ -213,9 +215,9 @@ def _describe_model(model: dict[str, Any]) -> str:
     if model["largest_k"] == model["num_units"]:
         return f"{name}: {dense}, which fits"
     if model["largest_k"] is None:
-        return f"{name}: {dense}; not even {model['smallest_k']} units fit"
-    fits = f"--keep-units {model['largest_k']} of {model['num_units']} is the most that fits"
-    return f"{name}: {dense}; {fits}"
+        return f"{name}: {dense}; not even {model['smallest_k']} {model['unit_label']} fit"
+    most = f"--keep-units {model['largest_k']} of {model['num_units']} is the most that fits"
+    return f"{name}: {model['fits']} ({at_context}); {most}"
 
 
 def _issue_block(facts: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import typer
 
 from ifp_mlx.cli import measuring, options
 from ifp_mlx.cli.option_groups import expands_options
+from ifp_mlx.cli.overlap import HeatMaps, measure_overlap
 from ifp_mlx.cli.terminal import answer_console, print_json, say
 from ifp_mlx.errors import UsageError
 
@@ -40,8 +41,8 @@ def evaluate(
         typer.Option(
             "--data",
             metavar="FOLDER",
-            help="Held-out text, a domain a file: NAME.jsonl with lines of prompt and response, "
-            "lm_NAME.jsonl with lines of text.",
+            help="Text that nothing was trained or calibrated on, one file for each domain: "
+            "NAME.jsonl with lines of prompt and response, lm_NAME.jsonl with lines of text.",
         ),
     ] = None,
     choices: Annotated[
@@ -49,8 +50,9 @@ def evaluate(
         typer.Option(
             "--choices",
             metavar="FILE",
-            help="Also multiple choice, by log-likelihood. Lines of prompt, choices (a list) and "
-            "answer (an index from 0), or prompt and response with options (A), (B) in the prompt.",
+            help="Also multiple choice: the choice that the model finds likeliest is its answer. "
+            "Lines of prompt, choices (a list) and answer (an index from 0), or prompt and "
+            "response with options (A), (B) in the prompt.",
         ),
     ] = None,
     numbers: Annotated[
@@ -58,7 +60,7 @@ def evaluate(
         typer.Option(
             "--numbers",
             metavar="FILE",
-            help="Also exact match of numeric answers, generated greedily. Lines of prompt and "
+            help="Also numbers: how many of them are answered exactly. Lines of prompt and "
             "answer, or prompt and response whose last number is the answer.",
         ),
     ] = None,
@@ -77,7 +79,7 @@ def evaluate(
             "--selector",
             metavar="NAME",
             help="Instead of --rows: rows of this selector at every --keep, beside dense. "
-            "Repeatable.",
+            "May be given several times.",
         ),
     ] = None,
     keep: Annotated[
@@ -85,7 +87,8 @@ def evaluate(
         typer.Option(
             "--keep",
             metavar="AMOUNT",
-            help="Share of the FFN units to keep, or their number: 0.67 or 768. Repeatable.",
+            help="Share of the FFN units to keep, or their number: 0.67 or 768. May be "
+            "given several times.",
         ),
     ] = None,
     per: Annotated[
@@ -94,16 +97,32 @@ def evaluate(
             "--per", help="Select for each text, or once for each domain by its task description."
         ),
     ] = "input",
+    overlap: Annotated[
+        bool,
+        typer.Option(
+            "--overlap",
+            help="Measure instead how many units the sub-networks of different texts have in "
+            "common, by layer; of one selector and one --keep.",
+        ),
+    ] = False,
+    heat_maps: HeatMaps = None,
     kl: Annotated[
         bool,
-        typer.Option("--kl", help="Also KL divergence from dense and top-1 agreement with it."),
+        typer.Option(
+            "--kl",
+            help="Also how far probabilities are from the whole model's (KL divergence), and how "
+            "often the likeliest token is the same.",
+        ),
     ] = False,
     limit: Annotated[
-        int, typer.Option("--limit", min=1, metavar="N", help="Texts a domain, the first N.")
+        int,
+        typer.Option("--limit", min=1, metavar="N", help="Texts of each domain, the first ones."),
     ] = 20,
     max_scored: Annotated[
         int,
-        typer.Option("--max-scored", min=1, metavar="N", help="Scored tokens a text; 256 is most."),
+        typer.Option(
+            "--max-scored", min=1, metavar="N", help="Tokens of each text that count; 256 at most."
+        ),
     ] = 256,
     max_tokens: options.MaxTokens = 256,
     domains: measuring.Domains = None,
@@ -116,17 +135,23 @@ def evaluate(
 ) -> None:
     """Measure how well sub-networks predict held-out text, by domain.
 
-    ``ifp eval --data FOLDER`` compares the whole model with the selector that the model uses by
-    default, with the static prior and with random units. Figures are nats a token (cross-entropy,
-    lower is better); for a prompt and response only the response counts, for a document tokens
-    256 to 511.
+    With --data alone the whole model is compared with parts of it: those that the model's own
+    selector picks, those of the static prior (what ifp calibrate found) and random ones. Figures
+    are cross-entropy in nats for each token, lower is better; of a prompt with a response only the
+    response counts, of a document tokens 256 to 511.
 
-    Selectors: dense, predictor, blend[:PRIOR-SHARE], prompt, static[:TASK], domain (the prior of
-    the text's own domain), random[:SEED].
+    Selectors: dense (the whole model), predictor, blend[:SHARE-OF-THE-PRIOR], prompt,
+    static[:TASK], domain (the prior of the text's own domain), random[:SEED].
 
     Changes: +task (the domain's task description selects for all its texts), +adapted (cut from the
-    adapter's weights, as predictor rows are), and two controls, +fixed (the mean mask for every
-    text) and +shuffled (each text gets the mask of another domain's).
+    adapter's weights, as predictor's always are), and two controls, +fixed (the same units for
+    every text) and +shuffled (each text gets the units of a text of another domain).
+
+    With --overlap: the share of units that two sub-networks have in common. Above chance, 0 is what
+    random ones have and 1 is identical. A selector that follows its input has more overlap within
+    a domain than between domains.
+
+    Example: ifp eval --data FOLDER --rows dense,static@0.67,predictor@0.5
     """
     if data is None and choices is None and numbers is None:
         raise UsageError("nothing to measure on; pass --data, --choices or --numbers")
@@ -136,13 +161,29 @@ def evaluate(
         raise UsageError("--json and --markdown exclude each other; give one")
     if markdown and data is None:
         raise UsageError("--markdown prints the table by domain; pass --data")
+    if overlap and (data is None or choices or numbers or markdown or kl):
+        raise UsageError("--overlap compares the sub-networks of texts; pass --data alone")
+    if heat_maps is not None and not overlap:
+        raise UsageError("--heat-maps draws overlaps; add --overlap")
     assistant, subject = measuring.load_subject(source, tasks)
+    if overlap and selector is None:
+        selector = [str(assistant.files.selector)]
     chosen = measuring.parse_rows(
         rows.split(",") if rows else _names(assistant, selector, keep), assistant
     )
     if per == "task":
         chosen = [dataclasses.replace(row, per_task=row.reads_input) for row in chosen]
 
+    if overlap:
+        assert data is not None
+        compared = [row for row in chosen if row.selector != "dense"]
+        if len(compared) != 1:
+            raise UsageError("--overlap takes one --selector and one --keep")
+        measure_overlap(
+            assistant, subject, compared[0], data, limit, measuring.names(domains), heat_maps,
+            as_json,
+        )  # fmt: skip
+        return
     from ifp_mlx.evaluation import exact_match, multiple_choice, quality, table
 
     results: list[RowResult] = []
@@ -150,9 +191,7 @@ def evaluate(
     shares: dict[Row, float] = {}
     with measuring.measuring() as progress:
         if data is not None:
-            texts = quality.load_held_out(
-                data, subject.tokenizer, limit, domains.split(",") if domains else None
-            )
+            texts = quality.load_held_out(data, subject.tokenizer, limit, measuring.names(domains))
             texts = table.shortened(texts, max_scored)
             results = table.measure_rows(
                 subject, chosen, texts, with_reference=kl, progress=progress

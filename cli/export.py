@@ -55,7 +55,7 @@ def export(
         DtypeName | None,
         typer.Option(
             help="Floating type to write.",
-            show_default="the one computed in",
+            show_default="the model's own",
             rich_help_panel=writing_options.FORM,
         ),
     ] = None,
@@ -87,7 +87,7 @@ def export(
     force: writing_options.Overwrite = False,
     json_output: options.AsJson = False,
 ) -> None:
-    """Write a sub-network as a model folder of its own, which needs nothing of ifp.
+    """Write a task's sub-network as a model folder of its own, which other programs load.
 
     It loads in mlx-lm, and in transformers unless its weights are packed.
     """
@@ -103,7 +103,7 @@ def export(
     # What is written in another form is not rounded for this one first.
     exact_down = dequantize or quantization is not None
     assistant = load_assistant(
-        options.AssistantOptions(selector, exact_down=exact_down, source=source)
+        options.AssistantOptions(selector, exact_down=exact_down, source=source), as_stored=True
     )
     subnet = _subnetwork(assistant, subnet_options, selection)
     if subnet.selection is None:
@@ -188,6 +188,8 @@ def _measure(
     """Return the cross-entropy of the dense model and of the sub-network on held-out text."""
     from ifp_mlx.convert.model_card import MeasuredQuality
     from ifp_mlx.evaluation.quality import evaluate, load_held_out
+    from ifp_mlx.slicing.forms import as_computed
+    from ifp_mlx.storage.weights import automatic_dtype
 
     domains = load_held_out(data, assistant.tokenizer, limit)
     examples = [example for domain in domains.values() for example in domain]
@@ -197,7 +199,7 @@ def _measure(
             progress=lambda done, total: progress("dense", done, total),
         )  # fmt: skip
         compact = evaluate(
-            subnet.model, examples, lambda batch: None,
+            as_computed(subnet.model, automatic_dtype(subnet.model)), examples, lambda batch: None,
             progress=lambda done, total: progress("sub-network", done, total),
         )  # fmt: skip
     return {

@@ -75,8 +75,8 @@ def fit(
 
     The whole model answers the examples first. Then the whole model with fewer bits, parts of it of
     several sizes, and the whole model read with a part of it are held against those answers: of 100
-    tokens that the whole model was sure of, how many would be others? With --check your own command
-    says what is right. Running it again goes on from what is measured already.
+    tokens, how many would be others? With --check your own command says what is right. Running it
+    again goes on from what is measured already.
 
     Example: ifp fit --task "write SQL" --examples requests.txt --use
     """
@@ -133,29 +133,33 @@ def _print_table(assistant: Assistant, rows: Sequence[Measured], best: Measured 
 
     on_frontier = frontier(rows)
     has_check = any(row.num_right is not None for row in rows)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    table.add_column("", overflow="fold")
-    headings = ["memory", "on disk", "changed", "same", "tokens/s", "first token"]
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("", "keeps", "bits"):
+        table.add_column(heading)
+    headings = ["memory", "disk", "changed", "same", "tok/s", "first"]
     for heading in [*headings, *(["right"] if has_check else [])]:
         table.add_column(heading, justify="right")
     for row in sorted(rows, key=lambda row: -row.memory_bytes):
-        mark = "→" if row == best else "·" if row.candidate.key in on_frontier else ""
+        candidate = row.candidate
+        mark = "→" if row == best else "·" if candidate.key in on_frontier else ""
+        share = f"{candidate.num_kept_units / assistant.num_units:.0%}"
         figures = [
             gigabytes(row.memory_bytes),
             gigabytes(row.disk_bytes),
-            f"{row.fidelity.sure_flips:.1f}" + ("+" if row.is_lost else ""),
+            f"{row.fidelity.changed:.1f}" + ("+" if row.is_lost else ""),
             f"{row.fidelity.same_tokens:.0f}",
             "" if row.tokens_per_s is None else f"{row.tokens_per_s:.1f}",
-            "" if row.first_token_s is None else f"{row.first_token_s:.2f} s",
+            "" if row.first_token_s is None else f"{row.first_token_s:.1f} s",
         ]
         if has_check:
             figures.append("" if row.num_right is None else f"{row.num_right}/{row.num_checked}")
-        table.add_row(mark, row.candidate.label(assistant.amounts), *figures)
+        keeps = f"{share} reads" if candidate.only_reads else share
+        table.add_row(mark, keeps, str(candidate.bits or "own"), *figures)
     answer_console().print(table)
     say(
-        "changed: of 100 tokens that the whole model was sure of, how many would be others; same: "
-        "first tokens of an answer that stay (median); · nothing smaller is as faithful; + given up"
+        f"keeps: of the {assistant.amounts.label} (reads: the whole model writes); changed: of 100 "
+        "tokens, how many would be others than the whole model's; same: first tokens of an answer "
+        "that stay (median); · nothing smaller is as faithful; + given up"
     )
 
 
@@ -178,7 +182,7 @@ def _sentence(
         right = f", {best.num_right} of {best.num_checked} right (whole: {whole.num_right})"
     return (
         f"Recommended: {label}, {gigabytes(best.memory_bytes)} in place of "
-        f"{gigabytes(whole.memory_bytes)}: {best.fidelity.sure_flips:.1f} of 100 sure tokens "
+        f"{gigabytes(whole.memory_bytes)}: {best.fidelity.changed:.1f} of 100 tokens "
         f"change{right}."
     )
 
@@ -208,7 +212,7 @@ def _use(
     setting = TaskSetting(
         best.candidate.num_kept_units,
         best.candidate.only_reads,
-        best.fidelity.sure_flips,
+        best.fidelity.changed,
         len(halves.measuring),
         best.num_right,
         whole.num_right,

@@ -1,4 +1,4 @@
-"""``ifp generate``: one prompt, one answer."""
+"""``ifp generate``: prompts answered, without a conversation."""
 
 from __future__ import annotations
 
@@ -12,50 +12,19 @@ import typer
 
 from ifp_mlx.chat.sampling import SamplingOptions
 from ifp_mlx.cli import options
-from ifp_mlx.cli.answer import answer_writer, stream_answer
+from ifp_mlx.cli.answer import OnRead, answer_writer, stream_answer
 from ifp_mlx.cli.kv_options import KVFlags, begin_conversation
+from ifp_mlx.cli.lines import LinesOptions, LinesRun, answer_lines
 from ifp_mlx.cli.loading import choose_subnetwork, describe_subnetwork, load_assistant
 from ifp_mlx.cli.option_groups import expands_options
-from ifp_mlx.cli.prompts import read_prompt
+from ifp_mlx.cli.presets import with_preset
+from ifp_mlx.cli.prompts import PromptOptions, read_prompt
 from ifp_mlx.cli.statistics_line import full_statistics, statistics_record
 from ifp_mlx.cli.terminal import print_json, say
 from ifp_mlx.errors import UsageError
 
 if TYPE_CHECKING:  # the command line must not load mlx before a command needs it
-    from ifp_mlx.chat.conversation import Conversation
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptOptions:
-    """What is put around the prompt."""
-
-    system_prompt: options.SystemPrompt = None
-    ignore_chat_template: Annotated[
-        bool,
-        typer.Option(
-            "--ignore-chat-template",
-            "--raw",
-            help="Continue the prompt as it is, without the chat template.",
-        ),
-    ] = False
-
-    def __post_init__(self) -> None:
-        """Refuse flags that exclude each other."""
-        if self.ignore_chat_template and self.system_prompt is not None:
-            raise UsageError(
-                "--system-prompt needs the chat template; leave out --ignore-chat-template"
-            )
-
-    def answer(
-        self, conversation: Conversation, text: str, sampling: SamplingOptions
-    ) -> Iterator[str]:
-        """Stream the answer to a prompt, or its continuation."""
-        if self.ignore_chat_template:
-            return conversation.complete(text, sampling)
-        messages = [{"role": "user", "content": text}]
-        if self.system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": self.system_prompt})
-        return conversation.reply(messages, sampling)
+    from ifp_mlx.subnets.subnetwork import SubNetwork
 
 
 Schema = Annotated[
@@ -63,7 +32,7 @@ Schema = Annotated[
     typer.Option(
         "--schema",
         metavar="FILE",
-        help="Answer with JSON that fits the JSON schema in this file; no other token can come.",
+        help="Answer with JSON that fits the JSON schema in this file, and nothing else.",
     ),
 ]
 
@@ -73,19 +42,25 @@ class OutputOptions:
     """What is printed beside the answer."""
 
     stats: Annotated[
-        bool, typer.Option("--stats", help="Print selection, speed and memory on stderr.")
+        bool,
+        typer.Option(
+            "--stats", help="Also say on standard error how fast that was, and in how much memory."
+        ),
     ] = False
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the answer and its statistics as JSON.")
+        bool, typer.Option("--json", help="Print the answer and its measurements as JSON.")
     ] = False
 
 
 @expands_options
 def generate(
+    context: typer.Context,
     prompt: Annotated[
-        str | None,
+        list[str] | None,
         typer.Argument(
-            help="What to answer. - reads standard input; piped text follows a prompt given here.",
+            metavar="PROMPT",
+            help="What to answer. A - in it stands for standard input, which is read as well if "
+            "there is no prompt.",
             show_default=False,
         ),
     ] = None,
@@ -94,35 +69,57 @@ def generate(
     assistant_options: options.AssistantOptions,
     prompt_options: PromptOptions,
     schema: Schema = None,
+    lines_options: LinesOptions,
     sampling_flags: options.SamplingFlags,
     kv_flags: KVFlags,
     output: OutputOptions,
 ) -> None:
-    """Answer one prompt and leave. Only the answer goes to standard output.
+    """Answer one prompt, or many, and leave. Only answers go to standard output.
 
-    Examples: ifp generate "Write a haiku about the sea" --keep 0.5 --stats;
-    git diff | ifp generate --task "write commit messages" -
+    Without --task the whole model answers, except where a prompt is so long that the answer comes
+    sooner if the prompt itself selects a part first.
+
+    Examples: ifp generate "Write a haiku about the sea";
+    git diff | ifp generate --task "write commit messages" "Write a commit message:" -;
+    ifp generate --lines questions.txt -o answers.jsonl
     """
-    sampling = sampling_flags.options
+    wanted = with_preset(
+        context, subnet_options, prompt_options.system_prompt, sampling_flags.options
+    )
+    subnet_options, sampling = wanted.subnet_options, wanted.sampling
+    if not prompt_options.ignore_chat_template:
+        prompt_options = PromptOptions(wanted.system_prompt)
     if schema is not None:
         sampling = dataclasses.replace(sampling, schema=read_schema(schema))
-    text = read_prompt(prompt)
+    if lines_options.lines is not None:
+        if prompt:
+            raise UsageError("--lines brings the prompts; leave out the other one")
+        _answer_lines(
+            lines_options, subnet_options, assistant_options, prompt_options, sampling, kv_flags,
+            output,
+        )  # fmt: skip
+        return
+    text = read_prompt(prompt or ())
     assistant = load_assistant(
         assistant_options,
         task=subnet_options.task,
         preload=subnet_options.needs_dense_model,
     )
-    subnet = choose_subnetwork(assistant, subnet_options, text)
+    where_it_pays = assistant_options.selector == "auto"
+    subnet = choose_subnetwork(assistant, subnet_options, text, where_it_pays=where_it_pays)
     say(describe_subnetwork(subnet))
     conversation, kv_file = begin_conversation(assistant, subnet, kv_flags)
-    answer = prompt_options.answer(conversation, text, sampling)
+
+    def begin(on_read: OnRead) -> Iterator[str]:
+        return prompt_options.answer(conversation, text, sampling, on_read)
+
     pieces: list[str] = []
     if output.as_json:
-        interrupted = stream_answer(answer, pieces.append)
+        interrupted = stream_answer(begin, pieces.append)
     else:
         is_prose = not prompt_options.ignore_chat_template and schema is None
         with answer_writer(markdown=is_prose) as write:
-            interrupted = stream_answer(answer, write)
+            interrupted = stream_answer(begin, write)
     measured = conversation.stats
     if kv_file is not None and measured is not None:
         kv_file.save(conversation.kv_cache)
@@ -135,6 +132,39 @@ def generate(
         raise KeyboardInterrupt
     if schema is not None and measured is not None and measured.finish_reason == "length":
         say("the answer ends before its JSON does; allow more with --max-tokens")
+
+
+def _answer_lines(
+    lines_options: LinesOptions,
+    subnet_options: options.SubnetOptions,
+    assistant_options: options.AssistantOptions,
+    prompt_options: PromptOptions,
+    sampling: SamplingOptions,
+    kv_flags: KVFlags,
+    output: OutputOptions,
+) -> None:
+    """Answer many prompts with one sub-network; with one for each if they are to select."""
+    if kv_flags.file.prompt_cache_file is not None:
+        raise UsageError("--prompt-cache-file keeps one conversation; leave it out with --lines")
+    prompts = lines_options.read()
+    assistant = load_assistant(
+        assistant_options, task=subnet_options.task, preload=subnet_options.needs_dense_model
+    )
+
+    def choose(text: str) -> SubNetwork:
+        return choose_subnetwork(assistant, subnet_options, text)
+
+    each_selects = subnet_options.task is None and not subnet_options.dense
+    if each_selects and not subnet_options.amount.is_given and assistant.keeps_whole:
+        each_selects = False
+        subnet_options = options.SubnetOptions(dense=True)
+    subnet = None if each_selects else choose("")
+    if subnet is None:
+        say("each prompt selects its own sub-network, so they are answered one by one")
+    else:
+        say(describe_subnetwork(subnet))
+    run = LinesRun(assistant, subnet, choose, prompt_options, sampling, kv_flags.options)
+    answer_lines(run, prompts, lines_options.output, as_json=output.as_json)
 
 
 def read_schema(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ifp_mlx.chat.sampling import KVCacheOptions
+from ifp_mlx.cli.help_sections import ADVANCED
 
 if TYPE_CHECKING:  # the command line must not load mlx before a command needs it
     from ifp_mlx.assistant import Assistant
@@ -26,8 +27,9 @@ class KVFileOptions:
         typer.Option(
             "--prompt-cache-file",
             metavar="FILE",
-            help="Keep the keys and values of the conversation in this .safetensors file: the next "
-            "run with the same sub-network reads only what is new.",
+            help="Keep what the model has read (its keys and values) in this .safetensors file: "
+            "the next run with the same sub-network reads only what is new.",
+            rich_help_panel=ADVANCED,
         ),
     ] = None
 
@@ -45,11 +47,22 @@ class KVFlags:
 
     max_kv_size: Annotated[
         int | None,
-        typer.Option("--max-kv-size", metavar="N", min=1, help="Keep only this many positions."),
+        typer.Option(
+            "--max-kv-size",
+            metavar="N",
+            min=1,
+            help="Remember only this many tokens of what was read and written.",
+            rich_help_panel=ADVANCED,
+        ),
     ] = None
     kv_bits: Annotated[
         int | None,
-        typer.Option("--kv-bits", metavar="N", help="Quantize keys and values to 2, 4 or 8 bits."),
+        typer.Option(
+            "--kv-bits",
+            metavar="N",
+            help="Remember it in 2, 4 or 8 bits a number: less memory, less exact.",
+            rich_help_panel=ADVANCED,
+        ),
     ] = None
     file: KVFileOptions = KVFileOptions()
 

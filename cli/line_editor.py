@@ -20,8 +20,22 @@ from prompt_toolkit.styles import Style
 
 from ifp_mlx.cli.plain_reader import CONTINUATION, PROMPT, is_unfinished, without_quotes
 
+_PLAIN, _CHOSEN = "bg:default fg:default", "bg:default fg:default reverse"
+"""The terminal's own colours, which are readable whatever they are."""
+
 _STYLE = Style.from_dict(
-    {"prompt": "bold ansicyan", "continuation": "ansibrightblack", "bottom-toolbar": "noreverse"}
+    {
+        "prompt": "bold ansicyan",
+        "continuation": "ansibrightblack",
+        "bottom-toolbar": "noreverse",
+        "completion-menu": _PLAIN,
+        "completion-menu.completion": _PLAIN,
+        "completion-menu.completion.current": _CHOSEN,
+        "completion-menu.meta.completion": _PLAIN,
+        "completion-menu.meta.completion.current": _CHOSEN,
+        "scrollbar.background": _PLAIN,
+        "scrollbar.button": _CHOSEN,
+    }
 )
 
 

@@ -39,6 +39,7 @@ def load_assistant(
     source = options.source
     with working(f"loading {Path(source.model).name}"):
         from ifp_mlx.assistant import Assistant
+        from ifp_mlx.blas import ADVICE, lacks_openblas
         from ifp_mlx.convert.registry import resolve_model
         from ifp_mlx.selection.spec import SelectorSpec
         from ifp_mlx.storage.home import subnet_cache_folder
@@ -47,7 +48,7 @@ def load_assistant(
         auto = options.selector == "auto"
         path = resolve_model(source.model)
         setting = task_setting(path, task) if options.read_with == "auto" else None
-        return Assistant.load(
+        assistant = Assistant.load(
             path,
             adapter=source.adapter,
             use_adapter=not source.no_adapter,
@@ -58,6 +59,9 @@ def load_assistant(
             reuse_threshold=options.reuse,
             preload=preload,
         )
+    if lacks_openblas():
+        say(ADVICE)
+    return assistant
 
 
 def task_setting(path: Path, task: str | None) -> TaskSetting | None:
@@ -154,8 +158,8 @@ def _caution(assistant: Assistant, kept: int, task: str | None) -> str | None:
     if kept >= assistant.default_num_kept_units:
         return None
     return (
-        f"{share:.0%} of the {label}: not measured for this task, and two thirds halved what a "
-        "0.5B coder got right; ifp fit measures it"
+        f"{share:.0%} of the {label}: not measured for this task, and two thirds left a 0.5B coder "
+        "a quarter of what it got right; ifp fit measures it"
     )
 
 

@@ -1,4 +1,4 @@
-"""What ``ifp eval`` and ``ifp overlap`` share: the model under measurement, and progress."""
+"""What the commands share that measure: the model under measurement, and progress."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="FOLDER",
-        help="Held-out text, a domain a file: NAME.jsonl with lines of prompt and response, "
-        "lm_NAME.jsonl with lines of text.",
+        help="Text that nothing was trained or calibrated on, one file for each domain: NAME.jsonl "
+        "with lines of prompt and response, lm_NAME.jsonl with lines of text.",
     ),
 ]
 Domains = Annotated[
@@ -36,7 +36,8 @@ Tasks = Annotated[
     typer.Option(
         "--tasks",
         metavar="FILE",
-        help="JSON from domain to task description, for +task rows; the package has its own.",
+        help="Task descriptions for +task rows: a JSON object, domain to description. The package "
+        "has its own.",
     ),
 ]
 
@@ -57,6 +58,11 @@ def parse_rows(names: list[str], assistant: Assistant) -> list[Row]:
     amounts, default = assistant.amounts, assistant.default_num_kept_units
     rows = (parse_row(name, amounts, default) for name in names)
     return list(dict.fromkeys(rows))
+
+
+def names(text: str | None) -> list[str] | None:
+    """Return the names of a list with commas; None for none."""
+    return text.split(",") if text else None
 
 
 @contextlib.contextmanager

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ifp_mlx.chat.sampling import SamplingOptions
+from ifp_mlx.cli.help_sections import ADVANCED, SAMPLING, UNITS
+from ifp_mlx.cli.terminal import is_one_of_several
 from ifp_mlx.errors import UsageError
 
 if TYPE_CHECKING:  # the command line must not load mlx before a command needs it
@@ -42,6 +44,14 @@ def model_names() -> list[str]:
     return sorted(path.parent.name for path in models_folder().glob("*/config.json"))
 
 
+def preset_names() -> list[str]:
+    """Return the names of the saved tasks."""
+    from ifp_mlx.storage.home import presets_folder
+    from ifp_mlx.subnets.presets import Presets
+
+    return Presets(presets_folder()).names()
+
+
 Model = Annotated[
     str,
     typer.Option(
@@ -58,8 +68,20 @@ Task = Annotated[
         "--task",
         "-t",
         metavar="SENTENCE",
-        help="What the model is for, in a sentence: it selects the sub-network, which is cached. "
-        "Without it the first message selects.",
+        autocompletion=preset_names,
+        help="What the model is for, in a sentence. It selects the task's sub-network, the part of "
+        "the model that answers; that is cached, and ready at once the next time. Or the name of "
+        "a task that ifp task save keeps.",
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="Most memory to use, such as 9GB. Without --keep as much of the model is kept as fits "
+        "there beside a conversation.",
+        rich_help_panel=UNITS,
     ),
 ]
 Selector = Annotated[
@@ -67,8 +89,11 @@ Selector = Annotated[
     typer.Option(
         "--selector",
         metavar="NAME",
-        help="What picks the units: predictor, blend, static, static:TASK, prompt or random; "
-        "auto takes the best that this model has.",
+        help="What picks the units. auto takes the first of these that the model has: predictor "
+        "(trained; in an adapter), blend (the text, and what ifp calibrate found), static (only "
+        "what ifp calibrate found; static:TASK for one of its tasks), prompt (only the text). "
+        "random is for comparison.",
+        rich_help_panel=UNITS,
     ),
 ]
 Reuse = Annotated[
@@ -78,25 +103,39 @@ Reuse = Annotated[
         metavar="OVERLAP",
         min=0.0,
         max=1.0,
-        help="Take the cached sub-network of another description if their units overlap by at "
-        "least this much, such as 0.85; 0 always selects.",
+        help="Take the cached sub-network of another task if it has at least this share of its "
+        "units in common with what is selected, such as 0.85; 0 never does.",
+        rich_help_panel=UNITS,
     ),
 ]
 MaxTokens = Annotated[
     int,
-    typer.Option("--max-tokens", "-m", min=1, metavar="N", help="Longest answer, in tokens."),
+    typer.Option(
+        "--max-tokens",
+        "-m",
+        min=1,
+        metavar="N",
+        help="Longest answer, in tokens: words or pieces of words.",
+    ),
 ]
 Temp = Annotated[
     float,
-    typer.Option("--temp", min=0.0, metavar="T", help="Sampling temperature; 0 is greedy."),
+    typer.Option(
+        "--temp",
+        min=0.0,
+        metavar="T",
+        help="Temperature: 0 always takes the likeliest token, more makes answers more varied.",
+    ),
 ]
 SystemPrompt = Annotated[
     str | None,
     typer.Option(
-        "--system-prompt", metavar="TEXT", help="A system message before the conversation."
+        "--system-prompt",
+        metavar="TEXT",
+        help="What the model is told before the conversation: how to answer, for example.",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, for programs.")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,11 +148,16 @@ class ModelOptions:
         typer.Option(
             "--adapter",
             metavar="FOLDER",
-            help="An IFP adapter folder to use instead of the one in the model's ifp/ folder.",
+            help="The folder of an adapter, which ifp train made for this model, to use instead of "
+            "the one that comes with it.",
+            rich_help_panel=ADVANCED,
         ),
     ] = None
     no_adapter: Annotated[
-        bool, typer.Option("--no-adapter", help="Use the model without any adapter.")
+        bool,
+        typer.Option(
+            "--no-adapter", help="Use the model without any adapter.", rich_help_panel=ADVANCED
+        ),
     ] = False
 
     def __post_init__(self) -> None:
@@ -131,8 +175,10 @@ class Amount:
         typer.Option(
             "--keep",
             metavar="RATIO",
-            help="Share of the units to keep, above 0 up to 1: of the FFN units of each layer, or "
-            "of the experts of a mixture.",
+            help="Share of the model's units to keep, above 0 up to 1, such as 0.5. Units are "
+            "those of each layer's feed-forward network (FFN), or the experts of a mixture of "
+            "experts.",
+            rich_help_panel=UNITS,
         ),
     ] = None
     keep_units: Annotated[
@@ -141,7 +187,8 @@ class Amount:
             "--keep-units",
             "--keep-experts",
             metavar="K",
-            help="Units to keep in each layer: FFN units, in multiples of 64, or experts.",
+            help="The same as a number: FFN units of each layer, in multiples of 64, or experts.",
+            rich_help_panel=UNITS,
         ),
     ] = None
 
@@ -162,9 +209,9 @@ class SubnetOptions:
 
     task: Task = None
     amount: Amount = Amount()
-    dense: Annotated[bool, typer.Option("--dense", help="Use the whole model, for comparison.")] = (
-        False
-    )
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Use the whole model.", rich_help_panel=UNITS)
+    ] = False
 
     def __post_init__(self) -> None:
         """Refuse flags that exclude each other, before a model is loaded for them."""
@@ -190,34 +237,37 @@ class AssistantOptions:
         typer.Option(
             "--read-with",
             metavar="WHAT",
-            help="What reads prompts. With part the sub-network only reads, and the whole model "
-            "writes: the first token of a long prompt comes sooner. With whole nothing does so. "
-            "auto takes part where ifp fit found that it is as good for the task.",
+            help="What reads prompts. whole: the model that answers. part: the sub-network, and "
+            "the whole model then writes, so that the answer to a long prompt begins sooner. auto: "
+            "part, where ifp fit found it as good for the task.",
+            rich_help_panel=UNITS,
         ),
     ] = "auto"
     no_cache: Annotated[
-        bool, typer.Option("--no-cache", help="Neither read nor write the sub-network cache.")
+        bool,
+        typer.Option(
+            "--no-cache",
+            help="Neither read nor write the cache of sub-networks.",
+            rich_help_panel=ADVANCED,
+        ),
     ] = False
     exact_down: Annotated[
         bool,
         typer.Option(
             "--exact-down",
-            help="Of a quantized model, do not quantize columns of down projections again, at 8 "
-            "bits: exact, slower, and in more memory if few units are kept.",
+            help="Of a quantized model, pack nothing again: neither columns of down projections, "
+            "nor what an adapter changed. Exact, slower, and in more memory.",
+            rich_help_panel=ADVANCED,
         ),
     ] = False
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            "--memory",
-            metavar="SIZE",
-            help="Most memory to use, such as 9GB. If no amount of units is given, as many are "
-            "kept as fit there with a conversation.",
-        ),
-    ] = None
+    memory: Memory = None
     force: Annotated[
         bool,
-        typer.Option("--force", help="Load the sub-network even if it is predicted not to fit."),
+        typer.Option(
+            "--force",
+            help="Load the sub-network even if it is predicted not to fit in memory.",
+            rich_help_panel=ADVANCED,
+        ),
     ] = False
     source: ModelOptions = ModelOptions()
 
@@ -262,7 +312,8 @@ class SamplingFlags:
             min=0.0,
             max=1.0,
             metavar="P",
-            help="Sample from the most likely tokens of this total probability.",
+            help="Draw from the likeliest tokens that together have this probability; 1 is all.",
+            rich_help_panel=SAMPLING,
         ),
     ] = 1.0
     top_k: Annotated[
@@ -271,7 +322,8 @@ class SamplingFlags:
             "--top-k",
             min=0,
             metavar="N",
-            help="Sample from this many of the most likely tokens; 0 is all.",
+            help="Draw from this many of the likeliest tokens; 0 is all.",
+            rich_help_panel=SAMPLING,
         ),
     ] = 0
     min_p: Annotated[
@@ -281,7 +333,8 @@ class SamplingFlags:
             min=0.0,
             max=1.0,
             metavar="P",
-            help="Drop tokens less likely than this share of the likeliest.",
+            help="Leave out tokens whose probability is below this share of the likeliest's.",
+            rich_help_panel=SAMPLING,
         ),
     ] = 0.0
     repetition_penalty: Annotated[
@@ -289,12 +342,19 @@ class SamplingFlags:
         typer.Option(
             "--repetition-penalty",
             metavar="X",
-            help="Against loops: above 1, such as 1.1, makes each of the last 20 tokens, of the "
-            "prompt as well, less likely to come again. Off if not given.",
+            help="Against loops: above 1, such as 1.1, makes the last 20 tokens, the prompt's as "
+            "well, less likely to come again. Off if not given.",
+            rich_help_panel=SAMPLING,
         ),
     ] = None
     seed: Annotated[
-        int | None, typer.Option("--seed", metavar="N", help="Makes sampling repeatable.")
+        int | None,
+        typer.Option(
+            "--seed",
+            metavar="N",
+            help="Draw the same answer every time, also above temperature 0.",
+            rich_help_panel=SAMPLING,
+        ),
     ] = None
 
     @property
@@ -311,5 +371,6 @@ class SamplingFlags:
             top_k=self.top_k,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
-            seed=self.seed,
+            # Several machines must draw alike.
+            seed=0 if self.seed is None and is_one_of_several() else self.seed,
         )

@@ -1,4 +1,4 @@
-"""``ifp overlap``: whether different inputs get different sub-networks."""
+"""``ifp eval --overlap``: whether different inputs get different sub-networks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,21 @@ from ifp_mlx.cli.terminal import answer_console, print_json, say
 from ifp_mlx.errors import UsageError
 
 if TYPE_CHECKING:
+    from ifp_mlx.assistant import Assistant
     from ifp_mlx.evaluation.overlap import Overlap
+    from ifp_mlx.evaluation.rows import Row
+    from ifp_mlx.evaluation.subject import Subject
+
+
+HeatMaps = Annotated[
+    Path | None,
+    typer.Option(
+        "--heat-maps",
+        metavar="FOLDER",
+        help="With --overlap: draw the first, middle and last layer, as PNG files (needs "
+        "matplotlib).",
+    ),
+]
 
 
 @expands_options
@@ -32,39 +46,47 @@ def overlap(
     ] = "auto",
     amount: options.Amount,
     limit: Annotated[
-        int, typer.Option("--limit", min=2, metavar="N", help="Inputs a domain, the first N.")
+        int,
+        typer.Option("--limit", min=2, metavar="N", help="Texts of each domain, the first ones."),
     ] = 20,
     domains: measuring.Domains = None,
     tasks: measuring.Tasks = None,
-    heat_maps: Annotated[
-        Path | None,
-        typer.Option(
-            "--heat-maps",
-            metavar="FOLDER",
-            help="Draw the first, middle and last layer as PNG (needs the plots extra).",
-        ),
-    ] = None,
+    heat_maps: HeatMaps = None,
     source: options.ModelOptions,
     as_json: options.AsJson = False,
 ) -> None:
-    """Measure how much the sub-networks of different inputs have in common, by layer.
-
-    The overlap of two sub-networks is the number of FFN units that both keep, over K. Random ones
-    share K/F of their units: above chance, 0 is random and 1 is identical. A selector that follows
-    its input has more overlap within a domain than between domains.
-    """
+    """Measure how much the sub-networks of different inputs have in common, by layer."""
     assistant, subject = measuring.load_subject(source, tasks)
     kept = num_kept_units(assistant, amount)
     name = str(assistant.files.selector) if selector == "auto" else selector
     if not name.startswith("dense"):
         name = f"{name}@{kept}"
     (row,) = measuring.parse_rows([name], assistant)
+    measure_overlap(
+        assistant, subject, row, data, limit, measuring.names(domains), heat_maps, as_json
+    )
 
+
+def measure_overlap(
+    assistant: Assistant,
+    subject: Subject,
+    row: Row,
+    data: Path,
+    limit: int,
+    domains: list[str] | None,
+    heat_maps: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure and print what the sub-networks of one row have in common.
+
+    Raises:
+        UsageError: the row is the whole model, or the texts do not suffice.
+    """
     from ifp_mlx.evaluation.heat_maps import write_heat_maps
     from ifp_mlx.evaluation.overlap import overlap as overlap_of
     from ifp_mlx.evaluation.quality import load_held_out
 
-    inputs = load_held_out(data, subject.tokenizer, limit, domains.split(",") if domains else None)
+    inputs = load_held_out(data, subject.tokenizer, limit, domains)
     subject.check(row, inputs)
     together = [example for domain_inputs in inputs.values() for example in domain_inputs]
     with measuring.measuring() as progress:
@@ -74,7 +96,11 @@ def overlap(
     analysis = overlap_of(masks)
     paths = write_heat_maps(analysis, heat_maps) if heat_maps is not None else []
     if as_json:
-        facts = {"row": row.label, "num_kept_units": kept, "num_units": assistant.num_units}
+        facts = {
+            "row": row.label,
+            "num_kept_units": row.num_kept_units,
+            "num_units": assistant.num_units,
+        }
         print_json({**facts, **analysis.to_dict(), "heat_maps": [str(path) for path in paths]})
     else:
         _print_overlap(analysis)

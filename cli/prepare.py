@@ -1,4 +1,4 @@
-"""``ifp prepare``: store a model's FFN units one by one, for fast loading."""
+"""``ifp convert MODEL --unit-major``: store a model's FFN units one by one, for fast loading."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -10,6 +10,9 @@ from ifp_mlx.cli import options
 from ifp_mlx.cli.progress import bytes_progress
 from ifp_mlx.cli.terminal import gigabytes, print_json, say
 from ifp_mlx.cli.writing_options import DtypeName, dtype_named
+
+if TYPE_CHECKING:
+    from ifp_mlx.units.model_config import ModelConfig
 
 
 def pull(
@@ -40,15 +43,22 @@ def pull(
     downloads go on where they stopped; a model appears only when it is complete.
     """
     from ifp_mlx.convert.pull import pull_model
+    from ifp_mlx.subnets.fits import advice_before_fetching
 
+    def look(config: ModelConfig) -> None:
+        for line in advice_before_fetching(config, stored_type):
+            say(f"{name}: {line}")
+
+    stored_type = dtype_named(dtype)
     with bytes_progress() as progress:
         pulled = pull_model(
             name,
             source=source,
-            dtype=dtype_named(dtype),
+            dtype=stored_type,
             overwrite=force,
             progress=progress,
             say=say,
+            look=look,
         )
     if json_output:
         print_json(

@@ -13,7 +13,8 @@ import typer
 from ifp_mlx.cli import options
 from ifp_mlx.cli.loading import describe_subnetwork, load_assistant, num_kept_units
 from ifp_mlx.cli.option_groups import expands_options
-from ifp_mlx.cli.terminal import plural, say, working
+from ifp_mlx.cli.presets import amount_of, find_preset
+from ifp_mlx.cli.terminal import plural, refuse_several_machines, say, working
 from ifp_mlx.errors import ResourceError, UsageError
 
 if TYPE_CHECKING:  # the command line must not load mlx before a command needs it
@@ -86,6 +87,11 @@ class AddressOptions:
     def shown_host(self) -> str:
         """The address as a URL has it."""
         return f"[{self.host}]" if ":" in self.host else self.host
+
+    @property
+    def page_host(self) -> str:
+        """The address that a browser on this machine finds the server at."""
+        return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.shown_host)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +212,8 @@ def serve(
             "--task",
             "-t",
             metavar="NAME=SENTENCE",
-            help="Serve a task as the model MODEL:NAME; may be given several times.",
+            help="Serve a task as the model MODEL:NAME, or a task that ifp task save knows by "
+            "this name. May be given several times.",
         ),
     ] = None,
     default_task: Annotated[
@@ -231,6 +238,10 @@ def serve(
     answers: DefaultAnswerOptions,
     engine_flags: EngineFlags,
     limit_flags: LimitFlags,
+    open_page: Annotated[
+        bool,
+        typer.Option("--open", help="Open the server's page in a browser: a chat, and pictures."),
+    ] = False,
     verbose: Annotated[
         bool,
         typer.Option(
@@ -240,21 +251,26 @@ def serve(
         ),
     ] = True,
 ) -> None:
-    """Serve the model to tools that speak OpenAI's API.
+    """Serve a model and its tasks to programs that speak OpenAI's API.
 
     Each task is a model of its own (MODEL:NAME). The bare MODEL answers with every unit, as
     MODEL:dense does, unless a request has a "task" field or --default-task names a task.
 
     Example: ifp serve --task python-helper="help me write Python" --task mail="write e-mails"
     """
-    tasks = parse_tasks(task or [])
+    refuse_several_machines("serve")
+    tasks, amounts = parse_tasks(task or []), {}
+    for preset in filter(None, map(find_preset, task or [])):
+        amounts[preset.task] = amount_of(preset)
 
     from ifp_mlx.convert.registry import resolve_model
-    from ifp_mlx.server.catalog import ModelCatalog
+    from ifp_mlx.server.catalog import ModelCatalog, SubnetRequest
     from ifp_mlx.server.engine import Engine
     from ifp_mlx.server.http import Server
+    from ifp_mlx.server.page_files import page_files
     from ifp_mlx.server.request_log import RequestLog
     from ifp_mlx.server.requests import RequestDefaults
+    from ifp_mlx.server.seen_subnets import SeenSubnets
 
     catalog = ModelCatalog(
         resolve_model(assistant_options.source.model).name,
@@ -263,6 +279,7 @@ def serve(
         task_from_system=task_from_system,
     )
     access = address.access
+    seen = SeenSubnets()
 
     def prepare() -> Prepared:
         assistant = load_assistant(assistant_options)
@@ -270,15 +287,17 @@ def serve(
         given = num_kept_units(assistant, amount) if amount.is_given else None
 
         def kept_units(task: str) -> int:
-            return num_kept_units(assistant, amount, task) if given is None else given
+            own = amounts.get(task, amount)
+            return num_kept_units(assistant, own, task) if given is None else given
 
         for name, description in tasks.items():  # now, so that no request waits for it
             with working(f"selecting for {name}"):
                 subnet = assistant.subnetwork_for_task(description, kept_units(description))
+            seen.add(SubnetRequest("task", description), subnet)
             say(f"{catalog.base_name}:{name}: {describe_subnetwork(subnet)}")
         return assistant, kept_units
 
-    engine = Engine(prepare, engine_flags.options)
+    engine = Engine(prepare, engine_flags.options, seen)
     try:
         server = Server(
             address.host,
@@ -289,18 +308,21 @@ def serve(
             limits=limit_flags.limits,
             access=access,
             log=RequestLog(say, only_server_errors=not verbose),
+            files=page_files(),
         )
         if address.host not in _LOOPBACK and not address.api_key:
             say(f"anyone who reaches {address.host} can use this server; --api-key asks for a key")
         names = ", ".join(catalog.names)
         say(f"serving {names} on http://{address.shown_host}:{server.port}/v1")
-        _run(server)
+        page = f"http://{address.page_host}:{server.port}/"
+        say(f"the page is {page}")
+        _run(server, page if open_page else None)
     finally:
         engine.stop()
 
 
 def parse_tasks(values: list[str]) -> dict[str, str]:
-    """Return name -> description for ``NAME=SENTENCE`` options.
+    """Return name -> description for ``NAME=SENTENCE`` options, and for names of presets.
 
     Raises:
         UsageError: no '=', or a name twice.
@@ -308,7 +330,9 @@ def parse_tasks(values: list[str]) -> dict[str, str]:
     tasks: dict[str, str] = {}
     for value in values:
         name, equals, description = value.partition("=")
-        if not equals:
+        if not equals and (preset := find_preset(name)) is not None:
+            description = preset.task
+        elif not equals:
             raise UsageError(f'--task needs a name here: --task NAME="{value}"')
         if name in tasks:
             raise UsageError(f"--task {name} is given twice; each task needs a name of its own")
@@ -316,8 +340,13 @@ def parse_tasks(values: list[str]) -> dict[str, str]:
     return tasks
 
 
-def _run(server: Server) -> None:
-    """Serve until SIGTERM or Ctrl-C, then finish what is in work; a second signal does not wait."""
+def _run(server: Server, page: str | None) -> None:
+    """Serve until SIGTERM or Ctrl-C, then finish what is in work; a second signal does not wait.
+
+    Args:
+        server: listens already.
+        page: what to open in a browser, if anything.
+    """
     stop = threading.Event()
     hurry = threading.Event()
 
@@ -329,6 +358,11 @@ def _run(server: Server) -> None:
     }
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1})
     thread.start()
+    if page is not None:
+        import webbrowser
+
+        if not webbrowser.open(page):
+            say(f"no browser was found; open {page} in one")
     try:
         while server.engine.is_healthy and not stop.wait(0.2):
             pass

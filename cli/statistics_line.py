@@ -19,6 +19,8 @@ def full_statistics(subnet: SubNetwork, stats: GenerationStats) -> str:
         prompt += f" ({stats.cached_prompt_tokens} more from the KV cache)"
     part = subnet.reader or subnet
     who = "sub-network" if subnet.reader is None else "written by the whole model, read by"
+    if subnet.prompt_too_short:
+        who = "the whole model (selecting a part for this prompt would take longer than it saves):"
     return (
         f"{who} {_facts(part)}; selection {part.selection_s * 1000:.1f} ms"
         f"{' (cache hit)' if part.from_cache else ''}, "
@@ -45,16 +47,58 @@ def _missing(stats: GenerationStats) -> str:
     return f"; {stats.missing_share:.1%} of the routers' weight wanted experts that are not there"
 
 
-def turn_statistics(stats: GenerationStats, used: int, context_length: int) -> str:
-    """Return the line below a chat's reply: speed, and how full the context is."""
+def turn_statistics(stats: GenerationStats, used: int, context_length: int, width: int = 80) -> str:
+    """Return the line below a chat's reply: speed, and how full the context is.
+
+    Of what does not fit the width, how soon the first token came is left out first, then the bar.
+    """
     stopped = {"length": " (cut at --max-tokens)", "interrupted": " (stopped)"}
-    parts = [
-        f"{stats.generated_tokens} tokens{stopped.get(stats.finish_reason, '')}",
-        f"{stats.generation_tps:.1f} tok/s",
-        f"first after {duration(stats.time_to_first_token_s)}",
-        context_meter(used, context_length),
-    ]
-    return " · ".join(parts)
+    tokens = f"{stats.generated_tokens} tokens{stopped.get(stats.finish_reason, '')}"
+    speed = f"{stats.generation_tps:.1f} tok/s"
+    first = f"first after {duration(stats.time_to_first_token_s)}"
+    meter = context_meter(used, context_length)
+    return fitting_line(
+        width,
+        [tokens, speed, first, meter],
+        [tokens, speed, meter],
+        [tokens, speed, f"context {used:,}/{context_length:,}"],
+        [tokens, speed],
+    )
+
+
+def chat_status(
+    subnet: SubNetwork | None,
+    task: str | None,
+    model: str,
+    used: int,
+    context_length: int,
+    width: int = 80,
+) -> str:
+    """Return the line at the bottom of a chat: the context, what answers, the task, the model."""
+    meter = context_meter(used, context_length)
+    units = [] if subnet is None else [_amount(subnet)]
+    tasks = [] if task is None else [task]
+    short = [f"context {used:,}/{context_length:,}", *units]
+    room = max(width - sum(len(part) + 3 for part in short), 12)
+    cut = [part if len(part) <= room else f"{part[: room - 1]}…" for part in tasks]
+    return fitting_line(
+        width, [meter, *units, *tasks, model], [meter, *units, *tasks], [*short, *tasks],
+        [*short, *cut], short,
+    )  # fmt: skip
+
+
+def _amount(subnet: SubNetwork) -> str:
+    if subnet.reader is not None:
+        return f"whole model, read by {subnet.reader.num_kept_units}/{subnet.num_units} units"
+    if subnet.selection is None:
+        return "whole model"
+    return f"{subnet.num_kept_units}/{subnet.num_units} units"
+
+
+def fitting_line(width: int, *variants: list[str]) -> str:
+    """Return the first variant that fits the width, its parts joined; the last if none does."""
+    lines = [" · ".join(parts) for parts in variants]
+    return next((line for line in lines if len(line) <= width), lines[-1])
 
 
 def context_meter(used: int, context_length: int, width: int = 8) -> str:
@@ -76,6 +120,7 @@ def statistics_record(subnet: SubNetwork, stats: GenerationStats) -> dict[str, A
         "weights_bytes": subnet.size.num_bytes,
         "source_weights_bytes": subnet.source.num_bytes,
         "from_cache": subnet.from_cache,
+        "prompt_too_short": subnet.prompt_too_short,
         "reused_task": subnet.reused_task,
         "reuse_overlap": subnet.reuse_overlap,
         "selection_ms": subnet.selection_s * 1000,

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ifp_mlx.cli.flag_names import in_flags
+from ifp_mlx.errors import UsageError
 
 if TYPE_CHECKING:  # Rich takes longer to import than a shell completion may take
     from rich.console import Console
@@ -31,8 +32,36 @@ def prepare_streams() -> None:
         if getattr(sys, name) is None:
             mode = "r" if name == "stdin" else "w"
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    if not is_first_machine():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
+
+
+def is_first_machine() -> bool:
+    """Return whether this process speaks: of those that ``mlx.launch`` starts together, one does.
+
+    Errors come from all of them: what is missing on one machine is said by that one.
+    """
+    return os.environ.get("MLX_RANK", "0") == "0"
+
+
+def is_one_of_several() -> bool:
+    """Return whether ``mlx.launch`` started this process."""
+    return "MLX_RANK" in os.environ
+
+
+def refuse_several_machines(command: str) -> None:
+    """Refuse a command that listens to somebody where ``mlx.launch`` started several of it.
+
+    Raises:
+        UsageError: it did.
+    """
+    if is_one_of_several():
+        raise UsageError(
+            f"ifp {command} runs on one machine; write the sub-network with ifp export and give it "
+            "to mlx_lm.server or mlx_lm.chat under mlx.launch (ifp generate runs there itself)"
+        )
 
 
 def status_console() -> Console:
@@ -58,6 +87,8 @@ def complain(message: str) -> None:
 
 def say(message: str) -> None:
     """Print one status line, dimmed, on standard error; one that cannot be is no reason to stop."""
+    if not is_first_machine():
+        return
     with contextlib.suppress(OSError):
         if not _is_styled():
             sys.stderr.write(f"{message}\n")

@@ -28,6 +28,8 @@ _END_TOKENS = frozenset(
     {"<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<end_of_turn>",
      "<|end|>", "<eos>", "</s>"}
 )  # fmt: skip
+# Where these are, <|end|> ends one of several messages of a turn, thoughts for example (gpt-oss).
+_ENDS_OF_HARMONY = frozenset({"<|return|>", "<|call|>"})
 
 # The published pre-tokenizer patterns of the model families, as in their tokenizer.json.
 _LLAMA3_PATTERN = (
@@ -35,6 +37,13 @@ _LLAMA3_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2_PATTERN = _LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+_WORD_END = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_O200K_PATTERN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+{_WORD_END}"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*{_WORD_END}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def _byte_level() -> pre_tokenizers.PreTokenizer:
@@ -68,6 +77,7 @@ PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "smaug-bpe": _split_by(_LLAMA3_PATTERN),
     "qwen2": _split_by(_QWEN2_PATTERN),
     "deepseek-r1-qwen": _split_by(_QWEN2_PATTERN),
+    "gpt-4o": _split_by(_O200K_PATTERN),
 }
 _IGNORES_MERGES = frozenset({"llama-bpe", "llama3", "llama-v3"})
 _NORMALIZES_NFC = frozenset({"qwen2"})
@@ -146,10 +156,13 @@ def generation_config_of(file: GGUFFile) -> dict[str, Any]:
     types = _token_types(file, _CONTROL, len(tokens))
     said = [_token_id(file, key) for key in ("eos_token_id", "eot_token_id", "eom_token_id")]
     ends = [index for index in said if index is not None]
+    end_tokens = _END_TOKENS
+    if _ENDS_OF_HARMONY.issubset(tokens):
+        end_tokens = end_tokens - {"<|end|>"} | _ENDS_OF_HARMONY
     ends += [
         index
         for index, (token, token_type) in enumerate(zip(tokens, types, strict=True))
-        if token_type == _CONTROL and token in _END_TOKENS
+        if token_type == _CONTROL and token in end_tokens
     ]
     config: dict[str, Any] = {"eos_token_id": list(dict.fromkeys(ends))}
     for key, role in (("bos_token_id", "bos_token_id"), ("pad_token_id", "padding_token_id")):

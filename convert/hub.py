@@ -4,11 +4,14 @@ import dataclasses
 import fnmatch
 import hashlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from ifp_mlx.convert.progress import Progress, folder_growth
-from ifp_mlx.errors import DownloadError
+from ifp_mlx.errors import DownloadError, IFPError
+from ifp_mlx.storage.config_file import read_config
 from ifp_mlx.storage.files import require_free_disk
+from ifp_mlx.units.model_config import ModelConfig
 
 # Pickled weights and Python code are never asked for.
 _PATTERNS = [
@@ -16,6 +19,7 @@ _PATTERNS = [
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "LICENSE*",
 ]  # fmt: skip
+_CONFIG_FILES = ["config.json", "generation_config.json"]
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 _TIMEOUT_SECONDS = 10
 _CHUNK_BYTES = 1 << 20
@@ -39,13 +43,24 @@ def is_hub_id(text: str) -> bool:
     return _HUB_ID.fullmatch(text) is not None and not text.startswith(".")
 
 
-def fetch_from_hub(hub_id: str, progress: Progress) -> HubSnapshot:
+Look = Callable[[ModelConfig], None]
+"""Is shown the configuration of a model before its weights are fetched or read."""
+
+
+def fetch_from_hub(hub_id: str, progress: Progress, look: Look | None = None) -> HubSnapshot:
     """Return a repository's checkpoint files, downloaded unless the hub's cache has them.
 
     An interrupted download goes on where it stopped. With ``HF_HUB_OFFLINE`` only the cache is
     asked. Each weight file is compared with the SHA-256 that the hub has published for it.
 
+    Args:
+        hub_id: ORG/NAME.
+        progress: called while downloading and checking.
+        look: called before the weights are fetched.
+
     Raises:
+        ArchitectureError, CheckpointError, ConfigError: ``look`` was given, and the model's
+            configuration is none that could be used.
         DownloadError: no such repository, no connection, or a file that is not what was published.
         ResourceError: the disk is full.
     """
@@ -75,8 +90,13 @@ def fetch_from_hub(hub_id: str, progress: Progress) -> HubSnapshot:
     quiet = are_progress_bars_disabled()
     disable_progress_bars()
     try:
+        if look is not None:
+            small = snapshot_download(hub_id, revision=info.sha, allow_patterns=_CONFIG_FILES)
+            look(read_config(Path(small)))
         with folder_growth(cache / "blobs", "downloading", total, progress):
             path = Path(snapshot_download(hub_id, revision=info.sha, allow_patterns=_PATTERNS))
+    except IFPError:
+        raise
     except Exception as error:
         raise DownloadError(f"{hub_id} could not be downloaded: {_reason(error)}") from error
     finally:

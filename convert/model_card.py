@@ -34,7 +34,7 @@ class ModelCard:
         active_parameters: of the sub-network.
         total_parameters: of the dense model.
         adapted: an IFP adapter has changed the weights that were cut.
-        requantization_error: relative error of packed down projections, 0 if they are exact.
+        requantization_error: relative error of packing weights again, 0 if none were.
         quality: domain -> cross-entropy, where it was measured.
     """
 
@@ -75,7 +75,7 @@ class ModelCard:
         if self.adapted:
             facts["Weights"] = "changed by an IFP adapter, then cut"
         if self.requantization_error:
-            facts["Down projections quantized again"] = (
+            facts["Weights packed again"] = (
                 f"relative error {self.requantization_error:.2e}"
             )
         table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items())]

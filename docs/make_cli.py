@@ -9,6 +9,7 @@ import typer
 from ifp_mlx.cli.app import make_app
 from ifp_mlx.cli.chat_commands import ChatCommands
 from ifp_mlx.cli.chat_state import Chat
+from ifp_mlx.cli.help_sections import split_examples
 
 PAGE = Path(__file__).with_name("cli.md")
 INTRODUCTION = """# Command reference
@@ -49,10 +50,14 @@ def _sections(path: str, command: Any) -> list[str]:
     children = getattr(command, "commands", None)
     if children:
         introduction = [] if path == "ifp" else [f"## {path}\n\n{_text(command.help)}\n"]
-        nested = [_sections(f"{path} {name}", child) for name, child in children.items()]
+        shown = {name: child for name, child in children.items() if not child.hidden}
+        nested = [_sections(f"{path} {name}", child) for name, child in shown.items()]
         return [*introduction, *(section for sections in nested for section in sections)]
     level = "##" if path.count(" ") == 1 else "###"
-    parts = [f"{level} {path}\n", f"{_text(command.help)}\n", f"`{_usage(path, command)}`\n"]
+    text, examples = split_examples(command.help or "")
+    parts = [f"{level} {path}\n", f"{_text(text)}\n", f"`{_usage(path, command)}`\n"]
+    if examples:
+        parts.append("\n".join(["```sh", *examples, "```\n"]))
     rows = [_row(parameter) for parameter in command.params]
     if rows:
         parts.append("| argument or option | meaning |\n|---|---|\n" + "\n".join(rows) + "\n")

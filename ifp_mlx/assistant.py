@@ -22,6 +22,7 @@ from ifp_mlx.selection.selectors import NamedSelector, select
 from ifp_mlx.selection.spec import SelectorSpec
 from ifp_mlx.slicing.compact import DEFAULT_CUT, CutOptions, ModelSize
 from ifp_mlx.slicing.drift import Drift, with_drift
+from ifp_mlx.slicing.sharded import load_share, several_machines
 from ifp_mlx.storage.config_file import read_config
 from ifp_mlx.storage.identity import file_states, fingerprint
 from ifp_mlx.storage.tokenizer import chat_ids, load_tokenizer
@@ -31,6 +32,7 @@ from ifp_mlx.subnets import memory
 from ifp_mlx.subnets.compact_models import CompactModels
 from ifp_mlx.subnets.compact_store import CompactStore, module_digest
 from ifp_mlx.subnets.dense_model import DenseModel, open_dense_model
+from ifp_mlx.subnets.prompt_selection import selecting_pays
 from ifp_mlx.subnets.selectors import (
     SELECTORS,
     SelectorFiles,
@@ -54,8 +56,8 @@ if TYPE_CHECKING:  # mlx-lm takes seconds to import: ``load`` does so beside its
 logger = logging.getLogger(__name__)
 
 DEFAULT_KEEP_RATIO = 0.9
-"""Of FFN units, without an adapter. Two thirds halved what a coder of half a billion parameters got
-right (docs/fidelity.md)."""
+"""Of FFN units, without an adapter. A coder of half a billion parameters lost a sixth of what it got
+right with these, and three quarters with two thirds of them (docs/fidelity.md)."""
 
 DEFAULT_EXPERT_RATIO = 0.75
 DEFAULT_READING_RATIO = 0.5
@@ -65,10 +67,10 @@ MANY_EXPERTS = 64
 """Mixtures of this many experts a layer lost little with a quarter of them gone, for the task that
 chose (docs/experts.md); those of fewer lost much."""
 
-PREDICTED_REUSE_OVERLAP = 0.85
-"""Predicted sub-networks that have more than this in common are worth a word: of short everyday
-descriptions some different tasks have as much (docs/chat.md), so they are shared on request only.
-Other selectors tell tasks apart too little to compare them."""
+PREDICTED_REUSE_OVERLAP = 0.92
+"""Predicted sub-networks that have more than this in common are worth a word. Half of those were of
+different tasks (docs/chat.md), so they are shared on request only. Other selectors tell tasks apart
+too little to compare them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,7 +333,9 @@ class Assistant:
     def dense(self) -> SubNetwork:
         """Return the whole base model, without an adapter's changes."""
         dense = self._open_dense()
-        if self._whole is None:
+        if self._whole is None and (group := several_machines()) is not None:
+            self._whole = load_share(self.files.path, None, group)[0].model
+        elif self._whole is None:
             self._whole = dense.whole()
         return SubNetwork(
             model=self._whole,
@@ -419,6 +423,22 @@ class Assistant:
             return self.dense()
         selection, selection_s = self._select(text, num_kept_units)
         return self._in_use(self._cut(selection, selection_s=selection_s))
+
+    def selecting_pays(self, text: str, num_kept_units: int) -> bool:
+        """Return whether a prompt is answered sooner by the part that it selects for itself.
+
+        Always where the whole model is not kept in memory: it would be read from the disk.
+        """
+        if not self.keeps_whole:
+            return True
+        num_tokens = len(chat_ids(self.tokenizer, [{"role": "user", "content": text}]))
+        return selecting_pays(
+            self.files.config,
+            self.num_units,
+            num_kept_units,
+            prompt_tokens=num_tokens,
+            tokens_read=SELECTORS[self.files.selector.name].tokens_read(num_tokens),
+        )
 
     def subnetwork_of(self, selection: Selection) -> SubNetwork:
         """Return the sub-network of units that were selected elsewhere. Evaluates.
@@ -547,18 +567,22 @@ class Assistant:
     def _cut_cached(
         self, key: CacheKey, selection: Selection, reuse: Reuse | None, **facts: Any
     ) -> SubNetwork:
-        """Return the sub-network of a cache entry; note in it what quantizing again cost."""
+        """Return the sub-network of a cache entry; note in it what cutting it showed."""
         if reuse is not None:
             facts |= {"reused_task": reuse.task, "reuse_overlap": reuse.overlap}
         subnet = self._cut(selection, task=key.task, **facts)
         if self.cache is not None:
             with contextlib.suppress(ResourceError):  # a read-only cache still serves
-                self.cache.note_requantization_error(key, subnet.requantization_error)
+                self.cache.note_cut(key, subnet.requantization_error, subnet.size.num_bytes)
         return subnet
 
     def _cut(self, selection: Selection, *, task: str | None = None, **facts: Any) -> SubNetwork:
-        # What one prompt selects is unlikely to come again: on disk are tasks only.
-        cut = self._compact_models.get(selection, keep_on_disk=task is not None)
+        if (group := several_machines()) is not None:
+            cut, size = load_share(self.files.path, selection, group)
+        else:
+            # What one prompt selects is unlikely to come again: on disk are tasks only.
+            cut = self._compact_models.get(selection, keep_on_disk=task is not None)
+            size = ModelSize.of(cut.model)
         return SubNetwork(
             model=cut.model,
             selection=selection,
@@ -570,7 +594,7 @@ class Assistant:
             slicing_s=cut.seconds,
             weights_from_disk=cut.is_stored,
             requantization_error=cut.requantization_error,
-            size=ModelSize.of(cut.model),
+            size=size,
             source=cut.source,
             **facts,
         )
@@ -611,4 +635,4 @@ def _store_of(
         "device": str(mx.default_device()),
         "memory_bytes": memory.usable_memory_bytes(),
     }
-    return CompactStore(cache.compact_folder, identity, files.config)
+    return CompactStore(cache.compact_folder, identity, files.config, as_stored=options.as_stored)

@@ -9,9 +9,20 @@ import contextlib
 import ctypes
 import ctypes.util
 import os
+import re
 import sys
+from pathlib import Path
 
 OPT_OUT = "IFP_NO_OPENBLAS"
+
+
+ADVICE = (
+    "mlx computes with reference BLAS here, about 60 times as slowly as with OpenBLAS: install it, "
+    "for example with apt install libopenblas0"
+)
+"""What to say where OpenBLAS is missing."""
+
+_LOADED = re.compile(r"/libopenblas[^/]*\.so")  # not the copy that NumPy brings for itself
 
 
 def prefer_openblas() -> str | None:
@@ -32,3 +43,17 @@ def prefer_openblas() -> str | None:
         ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
         return name
     return None
+
+
+def lacks_openblas() -> bool:
+    """Return whether this process computes without OpenBLAS though it would help, and may."""
+    if sys.platform != "linux" or os.environ.get(OPT_OUT) or is_loaded():
+        return False
+    import mlx.core as mx
+
+    return bool(mx.default_device() == mx.cpu)
+
+
+def is_loaded() -> bool:
+    """Return whether OpenBLAS is in this process; Linux only."""
+    return _LOADED.search(Path("/proc/self/maps").read_text()) is not None

@@ -129,11 +129,6 @@ def write_transformers_model(
     model.save_pretrained(folder)
     if family == "gpt_oss":
         pack_experts(folder, model)
-    content = json.loads((folder / "config.json").read_text())
-    if family == "qwen3_moe":
-        # As every published checkpoint has it, and as mlx-lm reads it.
-        content["num_experts"] = content.pop("num_local_experts")
-    (folder / "config.json").write_text(json.dumps(content))
     write_tokenizer(folder)
     return model
 

@@ -23,7 +23,14 @@ from ifp_mlx.adapters.delta_codes import GROUP_SIZE, DeltaCodes, decode_delta, e
 from ifp_mlx.errors import AdapterError
 from ifp_mlx.selection.predictor import HEAD_TOKENS, TAIL_TOKENS, PredictorHead, SparsityPredictor
 from ifp_mlx.storage.files import staged_directory
-from ifp_mlx.units.modules import clone_module, is_packed, module_at, named_arrays, plain_linear
+from ifp_mlx.units.changed_linear import ChangedLinear
+from ifp_mlx.units.modules import (
+    clone_module,
+    dequantized,
+    is_packed,
+    module_at,
+    named_arrays,
+)
 
 FORMAT_VERSION = 1
 MANIFEST = "adapter.json"
@@ -101,8 +108,8 @@ class Adapter:
     def apply(self, model: nn.Module) -> nn.Module:
         """Return the trained model: the base with the adapter's changes added. Lazy.
 
-        What is unchanged is shared with ``model``, which stays as it is. Quantized layers are
-        dequantized first, to float32.
+        What is unchanged is shared with ``model``, which stays as it is. Packed layers that change
+        come out as float32, to be packed again (``ChangedLinear``).
 
         Raises:
             AdapterError: the model is not the adapter's base.
@@ -315,9 +322,7 @@ def _float_weight(model: nn.Module, name: str, parameters: dict[str, mx.array]) 
     if _is_float(parameters[name]):
         return parameters[name].astype(mx.float32)
     layer = module_at(model, name.rpartition(".")[0])
-    return mx.dequantize(
-        layer.weight, layer.scales, layer.get("biases"), layer.group_size, layer.bits
-    ).astype(mx.float32)
+    return dequantized(layer, mx.float32)
 
 
 def _is_float(array: mx.array) -> bool:
@@ -325,10 +330,10 @@ def _is_float(array: mx.array) -> bool:
 
 
 def _dequantize_changed(model: nn.Module, changed: dict[str, mx.array]) -> None:
-    """Replace quantized linear layers whose weights change by plain ones."""
+    """Replace packed linear layers whose weights change by plain ones, to be packed again."""
     for name, weight in changed.items():
         parent_path, _, leaf = name.removesuffix(".weight").rpartition(".")
         parent = module_at(model, parent_path)
         layer = parent.get(leaf)
         if is_packed(layer):
-            parent[leaf] = plain_linear(weight, layer.get("bias"))
+            parent[leaf] = ChangedLinear.of(weight, layer)

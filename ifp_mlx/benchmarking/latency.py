@@ -13,7 +13,15 @@ from mlx_lm.utils import get_total_parameters
 
 from ifp_mlx.benchmarking.shapes import is_mixture, random_ids
 from ifp_mlx.benchmarking.stages import cut, decode, first_token, read_prompt
-from ifp_mlx.benchmarking.timing import Repeats, Timing, Work, measure, measure_in_turns, settle
+from ifp_mlx.benchmarking.timing import (
+    OnTurn,
+    Repeats,
+    Timing,
+    Work,
+    measure,
+    measure_in_turns,
+    settle,
+)
 from ifp_mlx.chat.reading import ReadsWithPart
 from ifp_mlx.selection.predictor import SparsityPredictor
 from ifp_mlx.selection.selectors import NamedSelector, PredictorSelector, select
@@ -136,6 +144,7 @@ def measure_latency(
     repeats: Repeats,
     decode_repeats: int,
     bandwidth: float,
+    on_turn: OnTurn = lambda name, done, total: None,
 ) -> list[Row]:
     """Return the rows of one prompt length. Evaluates.
 
@@ -145,12 +154,13 @@ def measure_latency(
         repeats: of everything up to the first token.
         decode_repeats: of decoding, which takes longer.
         bandwidth: of a device copy, bytes a second, for the share that decoding reaches.
+        on_turn: called after each measurement.
     """
     readers = [] if subjects.predictor is None else [subjects.predictor.reader]
     prompt_ids = random_ids(workload.prompt_tokens, subjects.dense, *readers)
     contenders, stages = _contenders(subjects, prompt_ids)
     works = {name: contender.ttft for name, contender in contenders.items()}
-    timings = measure_in_turns(works | stages, repeats)
+    timings = measure_in_turns(works | stages, repeats, on_turn)
     rows = {}
     for name, contender in contenders.items():
         before = {stage: timings[stage] for stage in contender.stages}
@@ -167,7 +177,7 @@ def measure_latency(
             peak_memory_bytes=contender.resident_bytes + max(map(_added_memory, parts)),
         )
     if workload.new_tokens:
-        _add_decoding(rows, contenders, prompt_ids, workload, decode_repeats, bandwidth)
+        _add_decoding(rows, contenders, prompt_ids, workload, decode_repeats, bandwidth, on_turn)
     _add_ratios(rows)
     return list(rows.values())
 
@@ -264,6 +274,7 @@ def _add_decoding(
     workload: Workload,
     repeats: int,
     bandwidth: float,
+    on_turn: OnTurn,
 ) -> None:
     """Time decoding once a model: rows that share a model share the figure."""
     works: dict[str, Work] = {}
@@ -272,7 +283,11 @@ def _add_decoding(
             works[name] = _decoding(contenders[name].model, prompt_ids, workload)
             warmup = dataclasses.replace(workload, new_tokens=_WARMUP_TOKENS)
             _decoding(contenders[name].model, prompt_ids, warmup)()
-    timings = measure_in_turns(works, Repeats(repeats, warmups=0))
+    timings = measure_in_turns(
+        works,
+        Repeats(repeats, warmups=0),
+        lambda name, done, total: on_turn(f"{name}, writing", done, total),
+    )
     for name, row in rows.items():
         decode_s = timings[_DECODED_AS.get(name, name)]
         row.decode = decode_s

@@ -20,7 +20,7 @@ from ifp_mlx.benchmarking.shapes import (
 )
 from ifp_mlx.benchmarking.slicing import measure_slicing
 from ifp_mlx.benchmarking.switching import measure_switching
-from ifp_mlx.benchmarking.timing import Repeats, copy_bandwidth, machine
+from ifp_mlx.benchmarking.timing import OnTurn, Repeats, copy_bandwidth, machine
 from ifp_mlx.errors import UsageError
 from ifp_mlx.selection.predictor import SparsityPredictor
 from ifp_mlx.selection.selectors import select_random
@@ -90,6 +90,7 @@ def run_latency(
     repeats: Repeats,
     decode_repeats: int,
     on_part: OnPart = lambda content: None,
+    on_turn: OnTurn = lambda name, done, total: None,
 ) -> Document:
     """Return the latency of every amount of units at every workload. Evaluates.
 
@@ -99,6 +100,7 @@ def run_latency(
         repeats: of everything up to the first token.
         decode_repeats: of decoding.
         on_part: called with the document so far, after each workload.
+        on_turn: called after each measurement.
 
     Raises:
         UsageError: an option does not fit.
@@ -129,6 +131,7 @@ def run_latency(
                 repeats=repeats,
                 decode_repeats=decode_repeats,
                 bandwidth=bandwidth,
+                on_turn=on_turn,
             )
             content = document("latency", facts, rows)
             on_part(content)

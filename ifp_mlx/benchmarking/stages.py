@@ -19,7 +19,8 @@ from ifp_mlx.chat.generation import Answer
 from ifp_mlx.chat.kv_cache import KVCache
 from ifp_mlx.chat.sampling import KVCacheOptions, SamplingOptions
 from ifp_mlx.selection.selection import Selection
-from ifp_mlx.slicing.compact import RequantizationError, slice_model
+from ifp_mlx.slicing.compact import slice_model
+from ifp_mlx.slicing.repacking import RequantizationError
 from ifp_mlx.slicing.kernel_check import check_quantized_kernels
 
 _KV_OPTIONS = KVCacheOptions()

@@ -15,6 +15,9 @@ from mlx_lm.generate import generation_stream
 Work = Callable[[], Any]
 """Does the work and returns its arrays, evaluated or not: the timer evaluates them."""
 
+OnTurn = Callable[[str, int, int], None]
+"""Takes what was measured, how many measurements are taken, and how many there will be."""
+
 Copy = Callable[[list[mx.array]], list[mx.array]]
 
 
@@ -63,18 +66,34 @@ def measure(work: Work) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def measure_in_turns(works: Mapping[str, Work], repeats: Repeats) -> dict[str, Timing]:
+def measure_in_turns(
+    works: Mapping[str, Work],
+    repeats: Repeats,
+    on_turn: OnTurn = lambda name, done, total: None,
+) -> dict[str, Timing]:
     """Return the timing of each piece of work.
 
     They take turns within each repeat, so that a machine that slows down slows all of them.
+
+    Args:
+        works: what is timed, by name.
+        repeats: how often.
+        on_turn: called after each measurement.
     """
     seconds: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(repeats.warmups + repeats.counted):
-        for name, work in works.items():
+    num_turns = repeats.warmups + repeats.counted
+    for turn in range(num_turns):
+        for position, (name, work) in enumerate(works.items(), start=1):
             took = measure(work)[0]  # keeping the result would keep its memory
             if turn >= repeats.warmups:
                 seconds[name].append(took)
+            on_turn(name, turn * len(works) + position, num_turns * len(works))
     return {name: Timing.of(values) for name, values in seconds.items()}
+
+
+def computes_on_cpu() -> bool:
+    """Return whether this machine has no GPU that mlx uses."""
+    return _backend() == "cpu"
 
 
 def machine() -> dict[str, str]:

@@ -8,6 +8,7 @@ import mlx.nn as nn
 
 from ifp_mlx.chat.generation import Answer, GenerationStats
 from ifp_mlx.chat.kv_cache import KVCache
+from ifp_mlx.chat.prompt_reading import OnRead
 from ifp_mlx.chat.sampling import KVCacheOptions, SamplingOptions
 from ifp_mlx.errors import UsageError
 from ifp_mlx.storage.tokenizer import chat_ids
@@ -66,7 +67,10 @@ class Conversation:
         self.kv_cache = kv_cache or KVCache.empty(model, self._kv_options)
 
     def reply(
-        self, messages: Sequence[Message], sampling: SamplingOptions | None = None
+        self,
+        messages: Sequence[Message],
+        sampling: SamplingOptions | None = None,
+        on_read: OnRead | None = None,
     ) -> Iterator[str]:
         """Stream the answer to the last message, piece by piece. Evaluates.
 
@@ -75,20 +79,23 @@ class Conversation:
         Args:
             messages: the whole conversation; the last message is the one to answer.
             sampling: how tokens are drawn; None is greedily.
+            on_read: told, every half second or so, how much of the prompt is read.
 
         Raises:
             UsageError: the message is empty, or the conversation does not fit the context.
         """
         if not messages or not messages[-1]["content"].strip():
             raise UsageError("the prompt is empty; say what you want")
-        yield from self._stream(chat_ids(self._tokenizer, messages), sampling)
+        yield from self._stream(chat_ids(self._tokenizer, messages), sampling, on_read)
 
     @property
     def model(self) -> nn.Module:
         """What answers."""
         return self._model
 
-    def complete(self, text: str, sampling: SamplingOptions | None = None) -> Iterator[str]:
+    def complete(
+        self, text: str, sampling: SamplingOptions | None = None, on_read: OnRead | None = None
+    ) -> Iterator[str]:
         """Stream the continuation of raw text, without a chat template. Evaluates.
 
         Raises:
@@ -96,7 +103,7 @@ class Conversation:
         """
         if not text:
             raise UsageError("the prompt is empty; say what you want")
-        yield from self._stream(list(self._tokenizer.encode(text)), sampling)
+        yield from self._stream(list(self._tokenizer.encode(text)), sampling, on_read)
 
     def num_tokens(self, messages: Sequence[Message]) -> int:
         """Return how much of the context some messages take."""
@@ -107,7 +114,9 @@ class Conversation:
         self._model = model
         self._drift = drift
 
-    def _stream(self, ids: list[int], sampling: SamplingOptions | None) -> Iterator[str]:
+    def _stream(
+        self, ids: list[int], sampling: SamplingOptions | None, on_read: OnRead | None
+    ) -> Iterator[str]:
         sampling = sampling or SamplingOptions()
         max_new_tokens = sampling.max_new_tokens
         if self._kv_options.max_kv_size is None:
@@ -128,6 +137,7 @@ class Conversation:
             sampling,
             self._kv_options,
             max_new_tokens,
+            on_read,
         )
         if self._drift is not None:
             self._drift.reset()

@@ -3,21 +3,27 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from ifp_mlx.chat.drawing import (
+    grammar_for,
+    grammar_processors,
+    penalty_processors,
+    sampler_for,
+)
 from ifp_mlx.chat.kv_cache import KVCache
-from ifp_mlx.chat.sampling import PENALTY_CONTEXT_SIZE, KVCacheOptions, SamplingOptions
+from ifp_mlx.chat.prompt_reading import OnRead, read_ahead
+from ifp_mlx.chat.sampling import KVCacheOptions, SamplingOptions
 
 if TYPE_CHECKING:  # mlx-lm takes seconds to import
     from mlx_lm.generate import GenerationResponse
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
-
+    from ifp_mlx.chat.grammar import Grammar
 
 @dataclasses.dataclass(frozen=True)
 class GenerationStats:
@@ -60,6 +66,7 @@ class Answer:
         sampling: how tokens are drawn.
         kv_options: how ``kv_cache`` is kept.
         max_new_tokens: the longest answer.
+        on_read: told how much of the prompt is read.
 
     Attributes:
         stats: what it took so far; None before the first token.
@@ -74,6 +81,7 @@ class Answer:
         sampling: SamplingOptions,
         kv_options: KVCacheOptions,
         max_new_tokens: int,
+        on_read: OnRead | None = None,
     ):
         self.stats: GenerationStats | None = None
         self._model = model
@@ -83,6 +91,7 @@ class Answer:
         self._sampling = sampling
         self._kv_options = kv_options
         self._max_new_tokens = max_new_tokens
+        self._on_read = on_read or (lambda done, total: None)
 
     def __iter__(self) -> Iterator[str]:
         """Yield the text, piece by piece. Evaluates."""
@@ -92,18 +101,23 @@ class Answer:
         generated: list[int] = []
         first_token_s = 0.0
         mx.reset_peak_memory()
+        new_ids = self._prompt_ids[num_cached:]
         start = time.perf_counter()
-        responses = self._responses(num_cached)
+        grammar = grammar_for(self._sampling, self._tokenizer)  # refused before anything is read
         try:
-            with contextlib.closing(responses):
+            num_read = read_ahead(
+                self._model, new_ids, self._kv_cache, self._kv_options, self._on_read
+            )
+            with contextlib.closing(self._responses(num_cached + num_read, grammar)) as responses:
                 for response in responses:
                     if not generated:
                         first_token_s = time.perf_counter() - start
+                        self._on_read(len(new_ids), len(new_ids))
                     generated.append(response.token)
                     self.stats = GenerationStats(
                         prompt_tokens=len(self._prompt_ids),
                         cached_prompt_tokens=num_cached,
-                        prompt_tps=response.prompt_tps,
+                        prompt_tps=len(new_ids) / first_token_s,
                         generated_tokens=len(generated),
                         generation_tps=response.generation_tps,
                         time_to_first_token_s=first_token_s,
@@ -115,64 +129,26 @@ class Answer:
         finally:
             self._kv_cache.note(self._prompt_ids + generated)
 
-    def _responses(self, num_cached: int) -> "Generator[GenerationResponse, None, None]":
+    def _responses(
+        self, num_read: int, grammar: "Grammar | None"
+    ) -> "Generator[GenerationResponse, None, None]":
         from mlx_lm.generate import stream_generate
-        from mlx_lm.sample_utils import make_sampler
 
-        sampling, kv_options = self._sampling, self._kv_options
+        kv_options = self._kv_options
         return stream_generate(
             self._model,
             self._tokenizer,
-            self._prompt_ids[num_cached:],
+            self._prompt_ids[num_read:],
             max_tokens=self._max_new_tokens,
-            sampler=make_sampler(
-                sampling.temperature,
-                top_p=sampling.top_p,
-                min_p=sampling.min_p,
-                top_k=sampling.top_k,
-            ),
+            sampler=sampler_for(self._sampling),
             logits_processors=[
-                *_logits_processors(sampling, self._prompt_ids[:num_cached]),
-                *self._grammar_processors(),
+                *penalty_processors(self._sampling, self._prompt_ids[:num_read]),
+                *grammar_processors(
+                    grammar, self._tokenizer, self._prompt_ids, self._max_new_tokens
+                ),
             ],
             prompt_cache=self._kv_cache.layers,
             kv_bits=kv_options.kv_bits,
             kv_group_size=kv_options.kv_group_size,
             quantized_kv_start=kv_options.quantized_kv_start,
         )
-
-    def _grammar_processors(self) -> list[LogitsProcessor]:
-        """Return what makes the answer fit the schema; what a model thinks before it is free."""
-        if self._sampling.schema is None:
-            return []
-        from ifp_mlx.chat.grammar import Grammars
-
-        tokenizer, begins_after = self._tokenizer, ()
-        if tokenizer.has_thinking:
-            opened = tokenizer.rfind_think_start(self._prompt_ids)
-            if opened > tokenizer.rfind_think_end(self._prompt_ids):
-                begins_after = tokenizer.think_end_tokens
-        grammar = Grammars(tokenizer).for_schema(self._sampling.schema)
-        return [grammar.processor(self._max_new_tokens, begins_after)]
-
-
-def _logits_processors(
-    sampling: SamplingOptions, cached_ids: Sequence[int]
-) -> list[LogitsProcessor]:
-    """Return mlx-lm's processors for these options, none if no option needs one.
-
-    mlx-lm shows them the tokens that it was given, not what the KV cache holds already. That is put
-    in front, so that it does not change the words.
-    """
-    from mlx_lm.sample_utils import make_logits_processors
-
-    processors = make_logits_processors(
-        repetition_penalty=sampling.repetition_penalty,
-        repetition_context_size=PENALTY_CONTEXT_SIZE,
-    )
-    unseen = mx.array(list(cached_ids[-PENALTY_CONTEXT_SIZE:]), mx.uint32)
-
-    def with_unseen(process: LogitsProcessor) -> LogitsProcessor:
-        return lambda tokens, logits: process(mx.concatenate([unseen, tokens]), logits)
-
-    return [with_unseen(process) for process in processors]

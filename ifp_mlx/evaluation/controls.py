@@ -24,10 +24,12 @@ class UnitMasks:
     Attributes:
         examples: E of them.
         kept: (E, L, F) bool.
+        num_groups: into how many groups units are divided, as many of which are kept in each.
     """
 
     examples: Sequence[HeldOutExample]
     kept: npt.NDArray[np.bool_]
+    num_groups: int = 1
 
     def __call__(self, batch: Sequence[HeldOutExample]) -> mx.array:
         """Return the (B, L, F) float32 masks of a batch of the examples."""
@@ -54,7 +56,7 @@ class UnitMasks:
         """
         frequency = mx.array(self.kept.astype(np.float32).mean(axis=0))  # (L, F)
         num_kept_units = int(self.kept[0, 0].sum())
-        mean = _mask(frequency, [num_kept_units])[0]
+        mean = _mask(frequency, [num_kept_units], self.num_groups)[0]
         return dataclasses.replace(self, kept=np.broadcast_to(mean, self.kept.shape))
 
     def shuffled(self, seed: int = 0) -> "UnitMasks":
@@ -105,7 +107,7 @@ def unit_masks(
         rows.append(known[key])
         progress(number, len(examples))
     return {
-        num_kept: UnitMasks(examples, np.stack([row[index] for row in rows]))
+        num_kept: UnitMasks(examples, np.stack([row[index] for row in rows]), named.num_groups)
         for index, num_kept in enumerate(kept_units)
     }
 

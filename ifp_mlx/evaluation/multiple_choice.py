@@ -16,7 +16,8 @@ import numpy as np
 
 from ifp_mlx.errors import DataError
 from ifp_mlx.evaluation.controls import UnitMasks
-from ifp_mlx.evaluation.quality import MAX_PROMPT_TOKENS, HeldOutExample, evaluate
+from ifp_mlx.evaluation.cut import evaluate_cut
+from ifp_mlx.evaluation.quality import MAX_PROMPT_TOKENS, HeldOutExample
 from ifp_mlx.storage.tokenizer import ChatTokenizer, chat_ids
 from ifp_mlx.text.examples import domain_of
 from ifp_mlx.text.records import BadLines, is_usable_text, question_of, read_records
@@ -100,7 +101,7 @@ def choice_accuracy(
     """Return how often the right answer is the most likely one. Evaluates.
 
     Args:
-        model: made for masks if there are any, else a plain model.
+        model: the whole model.
         questions: what to ask.
         masks: of the questions' prompts.
         progress: called with (answers scored, all).
@@ -116,11 +117,8 @@ def choice_accuracy(
             )
             candidates.append(candidate)
             prompts[candidate] = question.prompt
-    scored = evaluate(
-        model,
-        candidates,
-        lambda batch: None if masks is None else masks([prompts[c] for c in batch]),
-        progress=progress,
+    scored = evaluate_cut(
+        model, masks, candidates, progress=progress, selected_by=prompts.__getitem__
     )
     return _summarise(
         questions, {name: (q.cross_entropy, q.num_tokens) for name, q in scored.items()}

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,9 +22,8 @@ from ifp_mlx.text.records import (
     question_of,
     read_records,
 )
-from ifp_mlx.training.losses import output_logits
 from ifp_mlx.units.masks import set_unit_masks
-from ifp_mlx.units.modules import trunk
+from ifp_mlx.units.modules import copy_module, family_of
 
 DOCUMENT_PREFIX = "lm_"
 """Files of documents are named so; the others hold prompts and responses."""
@@ -82,6 +82,26 @@ class Quality:
     def perplexity(self) -> float:
         """exp(cross-entropy)."""
         return math.exp(self.cross_entropy)
+
+    @classmethod
+    def of_all(cls, measured: Sequence["Quality"]) -> "Quality":
+        """Return the quality on everything that some others, at least one, were measured on."""
+        num_tokens = sum(one.num_tokens for one in measured)
+
+        def mean(name: str) -> float | None:
+            values = [getattr(one, name) for one in measured]
+            if None in values:
+                return None
+            weighted = zip(values, measured, strict=True)
+            return float(sum(value * one.num_tokens for value, one in weighted) / num_tokens)
+
+        return cls(
+            cross_entropy=mean("cross_entropy") or 0.0,
+            num_tokens=num_tokens,
+            num_examples=sum(one.num_examples for one in measured),
+            kl=mean("kl"),
+            top1=mean("top1"),
+        )
 
 
 MaskFunction = Callable[[Sequence[HeldOutExample]], mx.array | None]
@@ -236,7 +256,31 @@ def _log_probabilities(
     model: nn.Module, ids: mx.array, positions: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]"
 ) -> mx.array:
     """Return the (N, V) float32 log probabilities at flat positions of a batch."""
-    hidden = trunk(model)(ids)
-    picked = hidden.reshape(-1, hidden.shape[-1])[mx.array(positions.astype(np.int32))]
-    logits = output_logits(model, picked).astype(mx.float32)
+    answers = _answering_at(model, mx.array(positions.astype(np.int32)))
+    logits: mx.array = answers(ids)[0].astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def _answering_at(model: nn.Module, positions: mx.array) -> nn.Module:
+    """Return a copy of a model that gives (1, N, V) logits: those at N flat positions of a batch.
+
+    The vocabulary is wide, and few positions are scored. What a family does to its logits (scales,
+    caps) is in its own call, so that is what makes them.
+    """
+    path = family_of(model).trunk
+    holder_path, _, name = path.rpartition(".")
+    copy = holder = copy_module(model)
+    for part in holder_path.split(".") if holder_path else ():
+        holder[part] = copy_module(holder[part])
+        holder = holder[part]
+    inner = copy_module(holder[name])
+    kind: type[Any] = type(inner)
+
+    class Picked(kind):  # type: ignore[misc]
+        def __call__(self, *inputs: Any, **options: Any) -> mx.array:
+            hidden: mx.array = super().__call__(*inputs, **options)
+            return hidden.reshape(1, -1, hidden.shape[-1])[:, positions]
+
+    inner.__class__ = Picked
+    holder[name] = inner
+    return copy

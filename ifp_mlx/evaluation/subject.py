@@ -5,21 +5,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from ifp_mlx.errors import UsageError
 from ifp_mlx.evaluation.controls import Instruction, UnitMasks, unit_masks
+from ifp_mlx.evaluation.cut import compact_model
 from ifp_mlx.evaluation.quality import DOCUMENT_PREFIX, HeldOutExample
 from ifp_mlx.evaluation.rows import Row
-from ifp_mlx.selection.selection import Pick, Selection
 from ifp_mlx.selection.selectors import NamedSelector
 from ifp_mlx.selection.spec import SelectorSpec
-from ifp_mlx.slicing.compact import slice_model
 from ifp_mlx.storage.tokenizer import ChatTokenizer, chat_ids
 from ifp_mlx.subnets.selectors import SELECTORS, SelectorFiles, make_selector
 from ifp_mlx.units.masks import with_unit_masks
-from ifp_mlx.units.modules import family_of, unit_shape
+from ifp_mlx.units.modules import unit_shape
 
 if TYPE_CHECKING:
     from ifp_mlx.assistant import Assistant
@@ -108,12 +106,7 @@ class Subject:
         dense = self.dense_model(row)
         if masks is None:
             return dense
-        shape = unit_shape(dense)
-        kind = family_of(dense).kind.name
-        pick = Pick(kind, shape.layers, masks.indices_of(example), shape.num_units)
-        compact = slice_model(dense, Selection((pick,), SelectorSpec(row.selector, row.argument)))
-        mx.eval(compact.parameters())
-        return compact
+        return compact_model(dense, masks, example)
 
     def masks(
         self,

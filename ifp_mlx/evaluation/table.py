@@ -6,17 +6,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import mlx.nn as nn
 import numpy as np
 
 from ifp_mlx.evaluation.controls import UnitMasks
+from ifp_mlx.evaluation.cut import evaluate_cut
 from ifp_mlx.evaluation.exact_match import Problem, exact_match
 from ifp_mlx.evaluation.multiple_choice import ChoiceAccuracy, Question, choice_accuracy
 from ifp_mlx.evaluation.quality import (
     DOCUMENT_PREFIX,
     HeldOutExample,
     Quality,
-    evaluate,
     mean_cross_entropy,
 )
 from ifp_mlx.evaluation.rows import Row
@@ -127,17 +126,13 @@ def _measure(
     with_reference: bool,
     progress: Progress,
 ) -> dict[str, Quality]:
-    model = _model(subject, row, masks)
+    dense = subject.dense_model(row)
     qualities: dict[str, Quality] = {}
     done, total = 0, sum(map(len, examples.values()))
     # Domain by domain: a batch's logits over the whole vocabulary stay small.
     for domain_examples in examples.values():
-        qualities |= evaluate(
-            model,
-            domain_examples,
-            masks if masks is not None else lambda batch: None,
-            subject.model if with_reference else None,
-        )
+        reference = subject.model if with_reference else None
+        qualities |= evaluate_cut(dense, masks, domain_examples, reference)
         done += len(domain_examples)
         progress(row.label, done, total)
     return qualities
@@ -157,9 +152,7 @@ def measure_choices(
     prompts = [question.prompt for question in questions]
     masks = _masks(subject, rows, prompts, progress)
     return {
-        row: choice_accuracy(
-            _model(subject, row, masks[row]), questions, masks[row], _stage(progress, row)
-        )
+        row: choice_accuracy(subject.dense_model(row), questions, masks[row], _stage(progress, row))
         for row in rows
     }
 
@@ -196,10 +189,6 @@ def _masks(
     for row in rows:
         subject.check(row, {prompt.domain for prompt in prompts})
     return subject.masks(rows, prompts, progress)
-
-
-def _model(subject: Subject, row: Row, masks: UnitMasks | None) -> nn.Module:
-    return subject.dense_model(row) if masks is None else subject.masked_model(row)
 
 
 def _stage(progress: Progress, row: Row) -> Callable[[int, int], None]:

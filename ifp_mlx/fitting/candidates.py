@@ -72,6 +72,5 @@ def candidates(amounts: Amounts, source_bits: int, *, is_mixture: bool) -> Itera
             yield Candidate(whole, bits)
     for kept in parts:
         yield Candidate(kept)
-    for kept in parts:
         if source_bits > PART_BITS:
             yield Candidate(kept, PART_BITS)

@@ -1,24 +1,27 @@
 """Measuring candidates on a task's examples: those that select are never those that measure."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ifp_mlx.assistant import Assistant
-from ifp_mlx.chat.generation import GenerationStats
-from ifp_mlx.chat.sampling import SamplingOptions
+from ifp_mlx.chat.generation import Answer, GenerationStats
+from ifp_mlx.chat.kv_cache import KVCache
+from ifp_mlx.chat.sampling import KVCacheOptions, SamplingOptions
 from ifp_mlx.convert.quantize import make_quantization, quantize_model
 from ifp_mlx.errors import DataError
 from ifp_mlx.fitting.candidates import Candidate, candidates
-from ifp_mlx.fitting.fidelity import Fidelity, Reference, measure_fidelity
+from ifp_mlx.fitting.fidelity import Comparison, Fidelity, Reference
 from ifp_mlx.fitting.judge import CommandJudge
-from ifp_mlx.fitting.results import LOST_SURE_FLIPS, FitRecord, Measured
+from ifp_mlx.fitting.results import LOST_CHANGED, FitRecord, Measured
+from ifp_mlx.selection.selection import Selection
 from ifp_mlx.storage.tokenizer import chat_ids
 from ifp_mlx.subnets.subnetwork import SubNetwork
 from ifp_mlx.text.task_examples import TaskExample
-from ifp_mlx.units.modules import clone_module, packed_leaves, stored_bytes, unit_arrays
+from ifp_mlx.units.modules import clone_module, stored_bytes, unit_arrays
 
 FIRST_LOOK = 3
 """So many answers show whether a candidate is plainly lost."""
@@ -90,7 +93,8 @@ class Fit:
         self._halves = halves
         self._judge = judge
         self._sampling = SamplingOptions(max_new_tokens=max_tokens)
-        self._references: list[Reference] = []
+        self._references: list[tuple[TaskExample, Reference]] = []
+        self._selections: dict[int, Selection] = {}
         self._lost: list[Candidate] = []
         self._packed_bytes = 0  # of the candidate of fewer bits that was made last
         if not assistant.keeps_whole and any(e.answer is None for e in halves.measuring):
@@ -102,8 +106,7 @@ class Fit:
     def candidates(self) -> list[Candidate]:
         """Return what will be measured, in order."""
         assistant = self._assistant
-        packings = packed_leaves(assistant.skeleton).values()
-        bits = min((int(packing["bits"]) for packing in packings), default=16)
+        bits = _stored_bits(assistant.files.config.content)
         found = candidates(assistant.amounts, bits, is_mixture=assistant.kind.router is not None)
         return [candidate for candidate in found if self._can_be_made(candidate)]
 
@@ -131,38 +134,41 @@ class Fit:
 
     def _measure(self, candidate: Candidate, progress: Progress) -> Measured:
         label = candidate.label(self._assistant.amounts)
-        examples = self._halves.measuring
         if not self._references:
             self._references = self._make_references(progress)
+        num_examples = len(self._references)
         is_whole = candidate == Candidate(self._assistant.num_units)
         if is_whole and not self._assistant.keeps_whole:
-            return self._measured(candidate, None, Fidelity(1.0, 0.0, self._most_tokens()))
+            fidelity = Fidelity.of([Comparison.same(one) for _, one in self._references])
+            return self._measured(candidate, None, fidelity)
         subnet = self._make(candidate)
         model = self._assistant.converse(subnet).model
-        fidelity = measure_fidelity(model, self._references[:FIRST_LOOK])
-        is_lost = fidelity.sure_flips > LOST_SURE_FLIPS
-        if is_lost:
-            progress(label, len(examples), len(examples))
-            return dataclasses.replace(self._measured(candidate, subnet, fidelity), is_lost=True)
-        fidelity = measure_fidelity(model, self._references)
-        measured = self._measured(candidate, subnet, fidelity)
-        right, speeds, waits = 0, [], []
-        for number, example in enumerate(examples if self._judge else examples[:1], start=1):
-            answer, stats = self._answer(subnet, example)
-            right += self._judge is not None and self._judge.is_right(example, answer)
-            if stats is not None:
-                speeds.append(stats.generation_tps)
-                waits.append(stats.time_to_first_token_s)
-            progress(label, number if self._judge else len(examples), len(examples))
-        return dataclasses.replace(
-            measured,
-            tokens_per_s=sum(speeds) / len(speeds) if speeds else None,
-            first_token_s=sum(waits) / len(waits) if waits else None,
-            num_right=right if self._judge else None,
-            num_checked=len(examples) if self._judge else 0,
+        compared: list[Comparison] = []
+        for number, (_, reference) in enumerate(self._references, start=1):
+            compared.append(
+                Comparison.same(reference) if is_whole else Comparison.of(model, reference)
+            )
+            if number == FIRST_LOOK and Fidelity.of(compared).changed > LOST_CHANGED:
+                progress(label, num_examples, num_examples)
+                measured = self._measured(candidate, subnet, Fidelity.of(compared))
+                return dataclasses.replace(measured, is_lost=True)
+            progress(label, number - (number == num_examples), num_examples)
+        stats = self._answer(model, self._references[0][1].prompt_ids, _SPEED_TOKENS)[1]
+        measured = dataclasses.replace(
+            self._measured(candidate, subnet, Fidelity.of(compared)),
+            tokens_per_s=None if stats is None else stats.generation_tps,
+            first_token_s=None if stats is None else stats.time_to_first_token_s,
         )
+        if self._judge is not None:
+            right = 0
+            for (example, reference), found in zip(self._references, compared, strict=True):
+                answer = self._answer_as_far_as_changed(candidate, model, reference, found)
+                right += self._judge.is_right(example, answer)
+            measured = dataclasses.replace(measured, num_right=right, num_checked=num_examples)
+        progress(label, num_examples, num_examples)
+        return measured
 
-    def _make_references(self, progress: Progress) -> list[Reference]:
+    def _make_references(self, progress: Progress) -> list[tuple[TaskExample, Reference]]:
         """Return the whole model's answers, or the given ones if it cannot answer here."""
         assistant, examples = self._assistant, self._halves.measuring
         references = []
@@ -180,25 +186,31 @@ class Fit:
                 answer_ids = answer_ids[: self._sampling.max_new_tokens]
                 model = assistant.reader
             if answer_ids:
-                references.append(Reference.of(model, prompt_ids, answer_ids))
+                references.append((example, Reference.of(model, prompt_ids, answer_ids)))
             progress("the whole model's answers", number, len(examples))
         if not references:
             raise DataError("the whole model answers none of the examples; look at them")
         return references
 
-    def _most_tokens(self) -> float:
-        return float(max(len(reference.answer_ids) for reference in self._references))
-
     def _make(self, candidate: Candidate) -> SubNetwork:
         """Return what a candidate answers with. Evaluates."""
         assistant, kept = self._assistant, candidate.num_kept_units
-        subnet = assistant.subnetwork_for_task(self._task, kept, self._halves.selecting)
+        subnet = assistant.dense() if kept == assistant.num_units else self._part(kept)
         if candidate.only_reads:
             return dataclasses.replace(assistant.dense(), task=self._task, reader=subnet)
         if candidate.bits is None:
             return subnet
         model, self._packed_bytes = with_fewer_bits(subnet.model, candidate.bits)
         return dataclasses.replace(subnet, model=model)
+
+    def _part(self, num_kept_units: int) -> SubNetwork:
+        """Return the sub-network of the task. Evaluates."""
+        assistant, selections = self._assistant, self._selections
+        if num_kept_units not in selections:
+            selections[num_kept_units] = assistant.select_for(
+                self._task, num_kept_units, self._halves.selecting
+            )
+        return assistant.subnetwork_of(selections[num_kept_units])
 
     def _measured(
         self, candidate: Candidate, subnet: SubNetwork | None, fidelity: Fidelity
@@ -220,15 +232,32 @@ class Fit:
             disk_bytes = self._packed_bytes
         return Measured(candidate, disk_bytes, memory_bytes, fidelity)
 
+    def _answer_as_far_as_changed(
+        self, candidate: Candidate, model: nn.Module, reference: Reference, found: Comparison
+    ) -> str:
+        """Return a candidate's answer; it goes on where it differs from the whole model's own.
+
+        What reads with a part answers from the beginning: the whole model's words are no prompt.
+        """
+        can_go_on = self._assistant.keeps_whole and not candidate.only_reads
+        begun = reference.answer_ids[: found.same_tokens] if can_go_on else ()
+        num_left = self._sampling.max_new_tokens - len(begun)
+        rest, _ = self._answer(model, (*reference.prompt_ids, *begun), num_left)
+        text: str = self._assistant.tokenizer.decode([*begun, *rest], skip_special_tokens=True)
+        return text
+
     def _answer(
-        self, subnet: SubNetwork, example: TaskExample
-    ) -> tuple[str, GenerationStats | None]:
-        conversation = self._assistant.converse(subnet)
-        sampling = self._sampling
-        if self._judge is None:
-            sampling = dataclasses.replace(sampling, max_new_tokens=_SPEED_TOKENS)
-        answer = "".join(conversation.reply(_messages(example), sampling))
-        return answer, conversation.stats
+        self, model: nn.Module, prompt_ids: Sequence[int], num_tokens: int
+    ) -> tuple[list[int], GenerationStats | None]:
+        """Return at most so many tokens that a model goes on with, greedily. Evaluates."""
+        if num_tokens < 1:
+            return [], None
+        tokenizer, options = self._assistant.tokenizer, KVCacheOptions()
+        cache = KVCache.empty(model, options)
+        answer = Answer(model, tokenizer, prompt_ids, cache, self._sampling, options, num_tokens)
+        for _ in answer:
+            pass
+        return cache.token_ids[len(prompt_ids) :], answer.stats
 
 
 def with_fewer_bits(model: nn.Module, bits: int) -> tuple[nn.Module, int]:
@@ -247,6 +276,13 @@ def with_fewer_bits(model: nn.Module, bits: int) -> tuple[nn.Module, int]:
         packed.set_dtype(mx.float32)
     mx.eval(packed.parameters())
     return packed, num_bytes
+
+
+def _stored_bits(config: Mapping[str, Any]) -> int:
+    """Return the narrowest width of the checkpoint's matrices: in memory they may be unpacked."""
+    quantization = config.get("quantization") or {}
+    packings = [quantization, *(v for v in quantization.values() if isinstance(v, dict))]
+    return min((int(packing["bits"]) for packing in packings if "bits" in packing), default=16)
 
 
 def _messages(example: TaskExample) -> list[dict[str, str]]:

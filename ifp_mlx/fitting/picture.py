@@ -31,15 +31,13 @@ def draw(rows: Sequence[Measured], amounts: Amounts, title: str, path: Path) -> 
     best = frontier(rows)
     figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
     line = sorted(
-        (row.memory_bytes / 1e9, row.fidelity.sure_flips)
-        for row in rows
-        if row.candidate.key in best
+        (row.memory_bytes / 1e9, row.fidelity.changed) for row in rows if row.candidate.key in best
     )
     axes.plot(*zip(*line, strict=True), color="0.6", linewidth=1, zorder=1)
     for name, colour, chosen in _groups(rows, amounts):
         axes.scatter(
             [row.memory_bytes / 1e9 for row in chosen],
-            [row.fidelity.sure_flips for row in chosen],
+            [row.fidelity.changed for row in chosen],
             color=colour,
             label=name,
             zorder=2,
@@ -47,13 +45,13 @@ def draw(rows: Sequence[Measured], amounts: Amounts, title: str, path: Path) -> 
         for row in chosen:
             axes.annotate(
                 _short(row, amounts),
-                (row.memory_bytes / 1e9, row.fidelity.sure_flips),
+                (row.memory_bytes / 1e9, row.fidelity.changed),
                 xytext=(4, 4),
                 textcoords="offset points",
                 fontsize=8,
             )
     axes.set_xlabel("memory in use, GB")
-    axes.set_ylabel("of 100 sure tokens, changed")
+    axes.set_ylabel("of 100 tokens, changed")
     axes.set_yscale("symlog", linthresh=1)
     axes.set_ylim(bottom=0)
     axes.set_title(title, fontsize=10)

@@ -11,13 +11,14 @@ from ifp_mlx.fitting.candidates import Candidate
 from ifp_mlx.fitting.fidelity import Fidelity
 from ifp_mlx.storage.files import write_bytes_atomically
 
-_FORMAT_VERSION = 1
-MOST_SURE_FLIPS = 2.0
-"""A candidate that changes more than this many of 100 sure tokens does not answer as the whole
-model does: beyond it function fell by more than the error of measuring (docs/fidelity.md)."""
+_FORMAT_VERSION = 2
+MOST_CHANGED = 1.2
+"""A candidate that changes more than this many of 100 tokens does not answer as the whole model
+does: up to here function stayed within the error of measuring it, from 1.3 on it fell by three to
+seven points (docs/fidelity.md)."""
 
-LOST_SURE_FLIPS = 15.0
-"""Past this nothing is left to find out: what is still smaller is not measured."""
+LOST_CHANGED = 10.0
+"""Past this less than a sixth of what was right is left: what is still smaller is not measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,9 +98,9 @@ class FitRecord:
 def frontier(rows: Sequence[Measured]) -> set[str]:
     """Return the keys of the rows that no other beats in memory without being less faithful."""
     kept, best = set(), float("inf")
-    for row in sorted(rows, key=lambda row: (row.memory_bytes, row.fidelity.sure_flips)):
-        if row.fidelity.sure_flips < best:
-            best = row.fidelity.sure_flips
+    for row in sorted(rows, key=lambda row: (row.memory_bytes, row.fidelity.changed)):
+        if row.fidelity.changed < best:
+            best = row.fidelity.changed
             kept.add(row.candidate.key)
     return kept
 
@@ -107,10 +108,10 @@ def frontier(rows: Sequence[Measured]) -> set[str]:
 def is_as_good(row: Measured, whole: Measured) -> bool:
     """Return whether a candidate keeps up with the whole model.
 
-    The user's check decides, with one answer's leave; so do the tokens that the whole model was
-    sure of, which see what a small check does not.
+    The user's check decides, with one answer's leave; so do the tokens that change, which see what
+    a small check does not.
     """
-    if row.is_lost or row.fidelity.sure_flips > MOST_SURE_FLIPS:
+    if row.is_lost or row.fidelity.changed > MOST_CHANGED:
         return False
     if row.num_right is None or whole.num_right is None:
         return True
@@ -129,4 +130,4 @@ def recommend(rows: Sequence[Measured], memory_bytes: int | None = None) -> Meas
     if memory_bytes is None:
         return min(good, key=lambda row: row.memory_bytes, default=None)
     fitting = [row for row in good if row.memory_bytes <= memory_bytes]
-    return min(fitting, key=lambda row: row.fidelity.sure_flips, default=None)
+    return min(fitting, key=lambda row: row.fidelity.changed, default=None)

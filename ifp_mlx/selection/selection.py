@@ -19,6 +19,7 @@ from ifp_mlx.units.modules import family_of, num_groups, unit_shape
 
 FORMAT_VERSION = "2"
 
+_RANKS = ".ranks"  # what follows a kind's name in the name of an array
 _FFN = "ffn"  # the only kind of files of version 1, in all layers of the model
 
 
@@ -32,12 +33,15 @@ class Pick:
         indices: (L, K) int32, a row for each of ``layers``; ascending and unique in it, each in
             [0, F).
         num_units: F of the source.
+        ranks: (L, F) uint8, where each unit's score stands among those of its layer, in 256 steps,
+            0 the lowest; None where no scores are known.
     """
 
     kind: str
     layers: tuple[int, ...]
     indices: mx.array
     num_units: int
+    ranks: mx.array | None = None
 
     @property
     def num_kept_units(self) -> int:
@@ -83,6 +87,13 @@ class Pick:
             raise SelectionError(f"a selected unit is outside 0..{self.num_units - 1}")
         if repeated.item():
             raise SelectionError("selected units must be ascending and unique in each layer")
+        if self.ranks is not None:
+            shape = (len(self.layers), self.num_units)
+            if self.ranks.shape != shape or self.ranks.dtype != mx.uint8:
+                raise SelectionError(
+                    f"the ranks of units are {shape} uint8, not {self.ranks.shape} "
+                    f"{self.ranks.dtype}"
+                )
 
     def check_groups(self, num_groups: int) -> None:
         """Check that as many units are kept in each of some groups of equal size. Evaluates.
@@ -189,7 +200,9 @@ class Selection:
                 [[pick.kind, list(pick.layers), pick.num_units] for pick in self.picks]
             ),
         }
-        save_arrays(path, {pick.kind: pick.indices for pick in self.picks}, header)
+        arrays = {pick.kind: pick.indices for pick in self.picks}
+        arrays |= {pick.kind + _RANKS: pick.ranks for pick in self.picks if pick.ranks is not None}
+        save_arrays(path, arrays, header)
 
     @classmethod
     def load(cls, path: Path) -> tuple["Selection", dict[str, str]]:
@@ -206,7 +219,13 @@ class Selection:
                 picks = [Pick(_FFN, layers, indices, int(metadata["num_units"]))]
             else:
                 picks = [
-                    Pick(str(kind), tuple(map(int, layers)), arrays[kind], int(num_units))
+                    Pick(
+                        str(kind),
+                        tuple(map(int, layers)),
+                        arrays[kind],
+                        int(num_units),
+                        arrays.get(f"{kind}{_RANKS}"),
+                    )
                     for kind, layers, num_units in json.loads(metadata["picks"])
                 ]
             selection = cls(tuple(picks), SelectorSpec.parse(metadata["selector"]))

@@ -78,7 +78,8 @@ def select(
     mx.eval(indices, is_finite)  # together: the host waits for the device once
     if not is_finite.item():
         raise SelectionError(f"selector {str(named.spec)!r} gave scores that are not finite")
-    pick = Pick(named.kind, named.shape.layers, indices, named.shape.num_units)
+    levels = (ranks(scores) * 256).astype(mx.uint8)  # lazy: computed if it is stored or drawn
+    pick = Pick(named.kind, named.shape.layers, indices, named.shape.num_units, levels)
     return Selection((pick,), named.spec)
 
 

@@ -9,6 +9,7 @@
     engine.py           requests -> prompts, grammars and replies in the making
     generator.py        mlx-lm's generation thread
     subnet_provider.py  what it loads
+    seen_subnets.py     what is known of them
     kv_caches.py        what it keeps of earlier requests
     replies.py          what comes back from it: text, calls, deadline, cancellation
     stop_strings.py     where text ends
@@ -17,6 +18,8 @@
     bodies.py           reading request bodies
     request_log.py      one line a request
     metrics.py          counters for Prometheus
+    task_views.py       what the page shows of tasks
+    page_files.py       the page
     http.py             routes, limits, draining
 
 mlx-lm's server supplies what generates: ``ResponseGenerator`` (one thread, continuous batching,

@@ -53,6 +53,7 @@ class ModelCatalog:
     ):
         self.base_name = base_name
         self.tasks = dict(tasks)
+        self.default_task = default_task
         self._task_from_system = task_from_system
         for name, description in tasks.items():
             if not _TASK_NAME.fullmatch(name) or name == DENSE_NAME:

@@ -1,7 +1,10 @@
 """From requests to replies: the prompt is read here, the rest is the generation thread's."""
 
+import contextlib
 import dataclasses
+import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -12,16 +15,19 @@ from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from mlx_lm.server import CompletionRequest
 
 from ifp_mlx.chat.grammar import Grammar, Grammars
-from ifp_mlx.errors import CheckpointError, UsageError
+from ifp_mlx.errors import CheckpointError, IFPError, UsageError
 from ifp_mlx.server.api_error import APIError
 from ifp_mlx.server.catalog import SubnetRequest
-from ifp_mlx.server.generator import Generator, TokenizedPrompt, make_arguments
+from ifp_mlx.server.generator import Generator, Loaded, TokenizedPrompt, make_arguments
 from ifp_mlx.server.kv_caches import MAX_KV_CACHES, KVCacheFolder, KVCaches
 from ifp_mlx.server.replies import Answers, ChatReader, RawReader, Reader, Reply
 from ifp_mlx.server.requests import GenerationRequest
+from ifp_mlx.server.seen_subnets import SeenSubnets, SubnetFacts
 from ifp_mlx.server.subnet_provider import EngineOptions, Prepare, SubNetworkProvider
 from ifp_mlx.server.tools import ToolFormat
 from ifp_mlx.storage.tokenizer import accepted_messages
+
+_POLL_S = 0.2  # how often a request that waits looks at the clock and at its client
 
 
 class Engine:
@@ -30,16 +36,19 @@ class Engine:
     Args:
         prepare: called on that thread; returns the assistant, and K for a task.
         options: batching and memory.
+        seen: what ``prepare`` has noted of sub-networks already.
 
     Attributes:
         context_length: the most positions that the model was made for.
+        seen: what is known of the sub-networks that were used.
 
     Raises:
         IFPError: whatever ``prepare`` raises.
     """
 
-    def __init__(self, prepare: Prepare, options: EngineOptions):
-        self._provider = SubNetworkProvider(prepare, options)
+    def __init__(self, prepare: Prepare, options: EngineOptions, seen: SeenSubnets | None = None):
+        self.seen = seen or SeenSubnets()
+        self._provider = SubNetworkProvider(prepare, options, self.seen)
         self._replies: weakref.WeakSet[Reply] = weakref.WeakSet()
         self._reading = threading.Lock()  # tokenizers are not made for several threads
         folder = None
@@ -118,6 +127,44 @@ class Engine:
             self._replies.add(order[0])
             self._generator.requests.put(order)
         return answers
+
+    def facts(
+        self, choice: SubnetRequest, time_limit_s: float, check: Callable[[], None]
+    ) -> SubnetFacts:
+        """Return what is known of a sub-network, which is made if need be.
+
+        Args:
+            choice: which one.
+            time_limit_s: for that, waiting for its turn included.
+            check: called several times a second; raises when there is no point in going on.
+
+        Raises:
+            APIError: 503, it did not have its turn in time.
+            IFPError: it cannot be selected or cut.
+        """
+        deadline = time.monotonic() + time_limit_s
+        while (known := self.seen.get(choice)) is None:
+            event = self._load(choice, deadline, check)
+            if isinstance(event, IFPError):
+                raise event
+            if not isinstance(event, Loaded):
+                raise RuntimeError(f"a sub-network was not loaded: {event!r}")
+        return known
+
+    def _load(self, choice: SubnetRequest, deadline: float, check: Callable[[], None]) -> Exception:
+        events: queue.Queue[Exception] = queue.Queue()
+        nothing = CompletionRequest("text", "", [], None, None)
+        self._generator.requests.put((events, nothing, make_arguments(choice, None, 1)))
+        while time.monotonic() < deadline:
+            check()
+            with contextlib.suppress(queue.Empty):
+                return events.get(timeout=_POLL_S)
+        raise APIError(
+            503,
+            "other answers are in work; ask again when they are done",
+            code="overloaded",
+            headers={"Retry-After": "5"},
+        )
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes of a token's text."""

@@ -78,6 +78,8 @@ class Generator(ResponseGenerator):
         self._kv_caches.save()
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> TokenizedPrompt:
+        if args.tokenized is None and args.model.model is not UNLOAD:
+            raise Loaded
         if args.tokenized is None:  # nothing holds the model any more
             self._kv_caches.save()
             self._kv_caches.trim_to(n_sequences=0)
@@ -86,6 +88,10 @@ class Generator(ResponseGenerator):
             raise Unloaded
         tokenized: TokenizedPrompt = copy.deepcopy(args.tokenized)  # mlx-lm takes segments out
         return tokenized
+
+
+class Loaded(Exception):
+    """Instead of an answer: the sub-network is there, and nothing was asked."""
 
 
 class Unloaded(Exception):

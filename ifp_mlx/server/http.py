@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from ifp_mlx import __version__
 from ifp_mlx.errors import IFPError, UsageError
@@ -32,6 +32,7 @@ from ifp_mlx.server.requests import (
     parse_completion_request,
 )
 from ifp_mlx.server.responses import ResponseShape, usage
+from ifp_mlx.server.task_views import TaskViews
 
 _SOCKET_TIMEOUT_S = 30.0  # a client that neither sends nor reads for so long is given up
 _CLIENT_LEFT = 499  # nobody gets to see this status; nginx logs the same
@@ -126,6 +127,7 @@ class Server(ThreadingHTTPServer):
         self.access = access
         self.log = log
         self.files = files or {}
+        self.views = TaskViews(engine, catalog, limits.time_limit_s).routes
         self.started_s = int(time.time())
         self.is_draining = False
         self.metrics = metrics.Metrics(
@@ -264,7 +266,8 @@ class _Handler(BaseHTTPRequestHandler):
             cause = f"{type(error).__name__}: {error} ({where.filename}, line {where.lineno})"
             self._record.cause = cause
             self._send_error(APIError(500, "internal error; the server's log says more"))
-        self._note(route if route in _METHODS else "other")
+        is_known = route in _METHODS or route in self.server.views
+        self._note(route if is_known else "other")
 
     def _note(self, route: str) -> None:
         with contextlib.suppress(OSError):  # nobody reads standard error any more
@@ -277,7 +280,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, file.content_type, file.raw, file.headers)
             return
         is_model = route.startswith("/models/")
-        if route not in _METHODS and not is_model:
+        view = self.server.views.get(route)
+        if route not in _METHODS and not is_model and view is None:
             hint = _ELSEWHERE.get(route)
             message = f"no route {path or '/'!r}" + (f": {hint}" if hint else "")
             raise APIError(404, message, code="unknown_route")
@@ -286,7 +290,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_health()
             return
         self.server.access.check_key(self.headers)
-        if self.command == "POST":
+        if view is not None:
+            query = parse_qs(urlsplit(self.path).query)
+            with self.server.place():
+                answer = view(query, self._check_client)
+            self._send(200, answer.content_type, answer.raw, answer.headers)
+        elif self.command == "POST":
             self._generate(is_chat=route == _CHAT)
         elif route == "/models":
             models = [self._model(name) for name in self.server.catalog.names]
@@ -351,6 +360,8 @@ class _Handler(BaseHTTPRequestHandler):
             finally:
                 answers.abandon()
                 self._note_answers(answers, started_s)
+                if (speed := self._record.tokens_per_s) is not None:
+                    self.server.engine.seen.note_speed(choice, speed)
 
     def _note_answers(self, answers: Answers, started_s: float) -> None:
         counts = usage(answers.replies)

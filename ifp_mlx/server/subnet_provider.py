@@ -12,6 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ifp_mlx.assistant import Assistant
 from ifp_mlx.server.catalog import SubnetRequest
+from ifp_mlx.server.seen_subnets import SeenSubnets
 from ifp_mlx.subnets.subnetwork import SubNetwork
 
 Prepared = tuple[Assistant, Callable[[str], int]]
@@ -64,6 +65,7 @@ class SubNetworkProvider:
         prepare: returns the assistant, and K for a task; called again when it is needed after
             ``UNLOAD``.
         options: batching and memory.
+        seen: gets the facts of what is loaded.
 
     Attributes:
         first_assistant: done when ``prepare`` is; holds its exception if it failed.
@@ -72,7 +74,7 @@ class SubNetworkProvider:
         model_key: of the KV caches: those of one set of units fit no other.
     """
 
-    def __init__(self, prepare: Prepare, options: EngineOptions):
+    def __init__(self, prepare: Prepare, options: EngineOptions, seen: SeenSubnets):
         self.cli_args = options
         self.first_assistant: concurrent.futures.Future[Assistant] = concurrent.futures.Future()
         self.subnet: SubNetwork | None = None
@@ -83,6 +85,7 @@ class SubNetworkProvider:
         self.draft_model = None
         self.is_batchable = False
         self._prepare = prepare
+        self._seen = seen
         self._assistant: Assistant | None = None
         self._num_kept_units: Callable[[str], int] | None = None
 
@@ -130,9 +133,10 @@ class SubNetworkProvider:
                 else assistant.amounts.nearest(choice.keep)
             )
             subnet = assistant.subnetwork_for_task(choice.text, kept)
+        self._seen.add(choice, subnet)
         identity = json.dumps(assistant.kv_identity(subnet), sort_keys=True)
         self.subnet = subnet
-        self.model = subnet.model
+        self.model = self._seen.watched(choice, subnet)
         self.model_key = hashlib.sha256(identity.encode()).digest()
         return self.model, self.tokenizer
 

@@ -5,23 +5,33 @@ dense model's own, shared and not copied, so many sub-networks of one model cost
 one of everything else.
 
 Packed checkpoints: rows are gathered packed, bit for bit. Columns cut across the quantization
-groups of their matrix, so they are taken apart and quantized again at 8 bits, whose error is
+groups of their matrix, so they are taken apart and packed again (``repacking``), whose error is
 measured. Where exactness is asked for, they are kept as plain weights, or the packed matrix stays
-whole (``whole_down``), whichever is smaller.
+whole (``whole_down``), whichever is smaller; whole it stays too where packing again at 8 bits would
+make a sub-network larger than its source.
 """
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ifp_mlx.selection.selection import Selection
 from ifp_mlx.slicing.gather import take_columns, take_rows
+from ifp_mlx.slicing.repacking import (
+    MOST_BITS,
+    Repacking,
+    RequantizationError,
+    pack_again,
+    repacking_for,
+)
 from ifp_mlx.slicing.whole_down import WholeDown, is_smaller_whole
+from ifp_mlx.units.changed_linear import ChangedLinear
 from ifp_mlx.units.kinds import Part
 from ifp_mlx.units.modules import (
+    clone_module,
     compute_dtype,
     copy_module,
     dequantized,
@@ -37,9 +47,6 @@ from ifp_mlx.units.modules import (
     with_parts,
 )
 
-REQUANTIZED_BITS = 8
-"""At 8 bits the second rounding of columns is far below the first."""
-
 DEFAULT_CONTEXT_TOKENS = 4096
 """The length of conversation that memory is predicted for."""
 
@@ -49,14 +56,17 @@ class CutOptions:
     """How sub-networks are cut from a model, and what it is allowed to take.
 
     Attributes:
-        exact_down: do not quantize columns of packed down projections again: keep them as plain
-            weights, or the packed projection whole where that is smaller.
+        exact_down: pack nothing again: keep columns of packed down projections as plain weights, or
+            the packed projection whole where that is smaller.
+        as_stored: cut from the checkpoint as it is stored, whatever type is computed in, to a model
+            that mlx-lm can build: for writing it.
         context_tokens: the length of conversation that memory must be enough for.
         memory_bytes: the most that may be used; None is what the machine has.
         force: load what is predicted not to fit in memory.
     """
 
     exact_down: bool = False
+    as_stored: bool = False
     context_tokens: int = DEFAULT_CONTEXT_TOKENS
     memory_bytes: int | None = None
     force: bool = False
@@ -92,12 +102,14 @@ class CutModel:
     Attributes:
         model: evaluated.
         source: the model that it was cut from.
-        requantization_error: relative error of quantizing columns again, 0 where none were.
+        requantization_error: relative error of packing weights again, 0 where none were.
         seconds: what cutting or reading it took.
         is_stored: it was read whole, as an earlier run had cut it.
         unit_bytes_read: bytes of units read from the disk; None where they were in memory, or the
             checkpoint's form did not allow to read parts of it.
         used_unit_file: they were read from the unit file.
+        stored: the same in the precision of its source, for keeping it; None where it cannot have
+            that without being rounded once more.
     """
 
     model: nn.Module
@@ -107,6 +119,7 @@ class CutModel:
     is_stored: bool = False
     unit_bytes_read: int | None = None
     used_unit_file: bool = False
+    stored: nn.Module | None = None
 
 
 class UnitSource(Protocol):
@@ -148,46 +161,26 @@ class ResidentUnits:
         return part_of(self._layers[layer], part)
 
 
-@dataclasses.dataclass
-class RequantizationError:
-    """Sums over columns that were quantized again. Lazy until ``relative`` is read."""
-
-    squared_difference: mx.array = dataclasses.field(default_factory=lambda: mx.array(0.0))
-    squared_reference: mx.array = dataclasses.field(default_factory=lambda: mx.array(0.0))
-
-    def add(self, exact: mx.array, actual: mx.array) -> None:
-        """Count one layer's (D, K) columns, exact and as they are now."""
-        exact = exact.astype(mx.float32)
-        delta = actual.astype(mx.float32) - exact
-        # Row by row first: one float32 sum of a million squares is off by a ten-thousandth.
-        self.squared_difference = self.squared_difference + (delta * delta).sum(axis=-1).sum()
-        self.squared_reference = self.squared_reference + (exact * exact).sum(axis=-1).sum()
-
-    @property
-    def relative(self) -> float:
-        """Frobenius norm of the difference over that of the exact columns. Evaluates."""
-        if not self.squared_difference.item():
-            return 0.0
-        return cast(float, mx.sqrt(self.squared_difference / self.squared_reference).item())
-
-
 def slice_model(
     model: nn.Module,
     selection: Selection,
     options: CutOptions = DEFAULT_CUT,
     error: RequantizationError | None = None,
+    repacking: Repacking | None = None,
 ) -> nn.Module:
     """Return the compact model that keeps the selected units.
 
     It equals the dense model with all other units masked: exactly in real arithmetic for plain
-    weights; of packed ones rows are gathered bit for bit and columns are quantized again.
+    weights; of packed ones rows are gathered bit for bit; columns are packed again, and so is what
+    an adapter changed.
 
     Args:
         model: the dense mlx-lm model; it is not changed.
         selection: which units; validated against the model before anything is gathered, because
             ``mx.take`` reads out of range without complaint.
         options: how packed columns are kept.
-        error: counts the columns that are quantized again.
+        error: counts what is packed again.
+        repacking: how that is packed; None is as the model's size allows.
 
     Returns:
         A new model of the same class. Lazy: evaluate its parameters to do the gathers.
@@ -197,7 +190,7 @@ def slice_model(
     """
     selection.validate(model)
     compact = compact_skeleton(model, selection)
-    for _ in fill_layers(compact, selection, ResidentUnits(model), options, error):
+    for _ in fill_layers(compact, selection, ResidentUnits(model), options, error, repacking):
         pass
     return compact
 
@@ -221,6 +214,7 @@ def fill_layers(
     source: UnitSource,
     options: CutOptions = DEFAULT_CUT,
     error: RequantizationError | None = None,
+    repacking: Repacking | None = None,
 ) -> Iterator[int]:
     """Fill a ``compact_skeleton`` with the selected units; yield each layer that is done. Lazy.
 
@@ -230,19 +224,28 @@ def fill_layers(
         source: where the units come from.
         options: as in ``slice_model``.
         error: as in ``slice_model``.
+        repacking: as in ``slice_model``.
     """
     kind, pick = family_of(compact).kind, selection.pick
     dtype = compute_dtype(compact)
+    if repacking is None:
+        repacking = repacking_for(compact, pick.num_kept_units)
+    may_stay_whole = options.exact_down or (not options.as_stored and repacking.bits < MOST_BITS)
     for position, (index, layer) in enumerate(unit_layers(compact).items()):
         for part in kind.parts:
             module = part_of(layer, part)
             if part.axis == 0:
                 cut = _with_arrays(module, source.take(index, part, pick.units(position)))
-            elif options.exact_down and is_smaller_whole(module, pick.num_kept_units, dtype):
+                if isinstance(module, ChangedLinear) and not options.exact_down:
+                    cut = pack_again(cut, module.group_size, repacking, error)
+            elif may_stay_whole and is_smaller_whole(module, pick.num_kept_units, dtype):
                 cut = WholeDown(copy_module(source.whole(index, part)), pick.units(position))
             else:
                 columns = source.take(index, part, pick.units(position))["weight"]
-                cut = _with_columns(module, columns, options, error)
+                cut = plain_linear(columns, module.get("bias"))
+                can_be_packed = is_packed(module) or isinstance(module, ChangedLinear)
+                if can_be_packed and not options.exact_down:
+                    cut = pack_again(cut, int(module.group_size), repacking, error)
             replace_part(layer, part, cut)
         yield index
 
@@ -268,7 +271,8 @@ def with_cut_downs(model: nn.Module) -> nn.Module:
     """
     part = family_of(model).kind.columns
     if part is None:
-        return model
+        copy: nn.Module = clone_module(model)
+        return copy
     dtype = compute_dtype(model)
 
     def cut(_: int, down: nn.Module) -> nn.Module:
@@ -285,23 +289,3 @@ def _with_arrays(module: nn.Module, arrays: dict[str, mx.array]) -> nn.Module:
     for name, array in arrays.items():
         cut[name] = array
     return cut
-
-
-def _with_columns(
-    down: nn.Module, columns: mx.array, options: CutOptions, error: RequantizationError | None
-) -> nn.Module:
-    """Return a down projection with the given (D, K) columns and the bias of ``down``.
-
-    In place of a packed layer comes one of 8 bits, if its group size divides K and exactness is not
-    asked for; else plain weights.
-    """
-    plain = plain_linear(columns, down.get("bias"))
-    if not is_packed(down) or options.exact_down:
-        return plain
-    group_size = max(int(down.group_size), 32)
-    if columns.shape[1] % group_size:
-        return plain
-    quantized: nn.Module = nn.QuantizedLinear.from_linear(plain, group_size, REQUANTIZED_BITS)
-    if error is not None:
-        error.add(columns, dequantized(quantized, mx.float32))
-    return quantized

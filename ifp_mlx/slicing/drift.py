@@ -27,6 +27,21 @@ _DECODING_STRIDE = 16
 _PROMPT_TOKENS = 128
 """Of each piece of a prompt the last tokens are looked at."""
 
+_OFF_TASK = 0.75
+"""Of what experts drawn at random would miss. In docs/experts.md: 4 to 7 of 100 texts of a task are
+above, 4 to 7 of 10 texts of others, from half of the experts on."""
+
+
+def leaves_task(missing_share: float, num_kept: int, num_experts: int) -> bool:
+    """Return whether text is off the task that a sub-network's experts were chosen for.
+
+    Args:
+        missing_share: what ``Drift.share`` says after reading it.
+        num_kept: K, below the number of experts.
+        num_experts: of the whole mixture, in each layer.
+    """
+    return missing_share > _OFF_TASK * (1 - num_kept / num_experts)
+
 
 class Drift:
     """What was seen since ``reset``."""

@@ -23,13 +23,17 @@ from ifp_mlx.slicing.compact import (
     CutModel,
     CutOptions,
     ModelSize,
-    RequantizationError,
     ResidentUnits,
     UnitSource,
     compact_skeleton,
     fill_layers,
 )
 from ifp_mlx.slicing.gather import take_rows
+from ifp_mlx.slicing.repacking import (
+    RequantizationError,
+    repacking_for,
+    with_changes_packed,
+)
 from ifp_mlx.slicing.stored_units import StoredParts, StoredUnits
 from ifp_mlx.slicing.unit_file import UnitFileUnits
 from ifp_mlx.storage.positioned_reads import PositionedReader
@@ -105,9 +109,12 @@ def load_subnetwork(
     if base is None:
         base = stored if dtype is None else load_model(path, dtype, lazy=True)[0]
         base = base if adapt is None else adapt(base)
-    size = ModelSize.of(base)
-    compact = compact_skeleton(base, selection)
+    size = ModelSize.of(base if adapt is None or dtype is not None else stored)
     error = RequantizationError()
+    repacking = repacking_for(base, selection.num_kept_units)
+    if adapt is not None and not options.exact_down:
+        base = with_changes_packed(base, repacking, error)
+    compact = compact_skeleton(base, selection)
     with PositionedReader() as reader:
         source = _open_source(path, stored, reader, dtype, adapt)
         in_parts = not isinstance(source, _WholeLayers)
@@ -117,7 +124,7 @@ def load_subnetwork(
         if earlier is not None:
             source = _UnitsAtHand(source, earlier)
         del stored, base  # what remains of them is in ``compact`` and ``source``
-        filling = fill_layers(compact, selection, source, options, error)
+        filling = fill_layers(compact, selection, source, options, error, repacking)
         for num_done, layer in enumerate(filling, start=1):
             mx.eval(
                 compact.layers[layer].parameters(),

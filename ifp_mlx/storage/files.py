@@ -6,6 +6,7 @@ import glob
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -125,6 +126,46 @@ def _put_in_place(staging: Path, target: Path) -> None:
         shutil.rmtree(retired, ignore_errors=True)
     else:
         retired.unlink()
+
+
+class FilesInUse:
+    """The files that a process uses, for as long as it runs: what clears up leaves them alone.
+
+    The latest few are remembered, which are more than one process answers with at a time.
+    """
+
+    _MOST = 8
+
+    def __init__(self) -> None:
+        self._held: dict[Path, int] = {}  # descriptors, the latest last
+        weakref.finalize(self, _release, self._held, 0)
+
+    def hold(self, path: Path) -> None:
+        """Say that a file is in use; one that cannot be opened is passed over."""
+        if path in self._held:
+            os.close(self._held.pop(path))
+        with contextlib.suppress(OSError):
+            self._held[path] = os.open(path, os.O_RDONLY)
+            fcntl.flock(self._held[path], fcntl.LOCK_SH | fcntl.LOCK_NB)
+        _release(self._held, self._MOST)
+
+
+def _release(held: dict[Path, int], most: int) -> None:
+    """Close the oldest descriptors until so many are left."""
+    while len(held) > most:
+        os.close(held.pop(next(iter(held))))
+
+
+def is_in_use(path: Path) -> bool:
+    """Return whether a process holds a file, be it this one."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # gone, or on a disk without locks
+        return False
+    return False
 
 
 def require_free_disk(folder: Path, needed_bytes: int) -> None:

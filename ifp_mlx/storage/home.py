@@ -34,6 +34,11 @@ def task_settings_folder() -> Path:
     return home_folder() / "tasks"
 
 
+def presets_folder() -> Path:
+    """Return where the user's presets are kept."""
+    return home_folder() / "presets"
+
+
 def subnet_cache_folder() -> Path:
     """Return where sub-networks are cached."""
     named = os.environ.get("IFP_HOME")

@@ -197,6 +197,8 @@ def require_finite(path: Path) -> None:
 
 def _reason(error: Exception) -> str:
     """Return what mlx says of a model and its weights as one line with a few names."""
+    if isinstance(error, KeyError) and "." in str(error):  # an expert that is not there to stack
+        return f"the weights lack {error.args[0]}"
     text = " ".join(str(error).split())
     found = _WRONG_TENSORS.fullmatch(text)
     if found is None:

@@ -86,12 +86,13 @@ class CompactModels:
         store = self._store if keep_on_disk else None
         compact = store.load(selection) if store is not None else None
         if compact is None:
-            compact = self._cut(selection)
+            compact = self._cut(selection, to_keep=keep_on_disk)
             if store is not None and self._open_dense().is_small:
                 try:
                     store.store(selection, compact)
                 except ResourceError as error:
                     logger.warning("the sub-network's weights are not kept: %s", error)
+            compact = dataclasses.replace(compact, stored=None)
         self._resident[digest] = _Resident(selection, compact)
         self._evict()
         return compact
@@ -108,9 +109,11 @@ class CompactModels:
         """Return whether a compact model is in memory, whole."""
         return selection.digest in self._resident
 
-    def _cut(self, selection: Selection) -> CutModel:
+    def _cut(self, selection: Selection, *, to_keep: bool) -> CutModel:
         start = time.perf_counter()
-        cut = self._open_dense().cut(selection, self._adapt, self._closest(selection))
+        cut = self._open_dense().cut(
+            selection, self._adapt, self._closest(selection), to_keep=to_keep
+        )
         _require_finite(cut.model, self._model_path)
         return dataclasses.replace(cut, seconds=time.perf_counter() - start)
 

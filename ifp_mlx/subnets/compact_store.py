@@ -3,7 +3,8 @@
 The cache of selections says which units a task keeps; cutting them out of the dense model means
 to load that first, and to add an adapter's changes to it. Here the result is kept as well, for
 models so small that this is cheap. What the sub-networks of one model share is one file, the FFN
-units of each selection are another. Everything here can be deleted: it is made again.
+units of each selection are another, both in the precision that the model itself is stored in.
+Everything here can be deleted: it is made again.
 """
 
 import contextlib
@@ -22,8 +23,11 @@ import mlx.nn as nn
 from ifp_mlx.errors import CheckpointError
 from ifp_mlx.selection.selection import Selection
 from ifp_mlx.slicing.compact import CutModel, ModelSize
+from ifp_mlx.slicing.forms import as_computed
+from ifp_mlx.slicing.kernel_check import check_quantized_kernels
+from ifp_mlx.storage import weights
 from ifp_mlx.storage.arrays import load_arrays, save_arrays
-from ifp_mlx.storage.files import require_free_disk
+from ifp_mlx.storage.files import FilesInUse, is_in_use, require_free_disk
 from ifp_mlx.storage.tensor_files import read_header
 from ifp_mlx.storage.transformers_import import finish_importing_transformers
 from ifp_mlx.units.model_config import ModelConfig
@@ -32,9 +36,9 @@ from ifp_mlx.units.modules import leaf_modules, named_arrays, packed_leaves, uni
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_BYTES = 2 * 10**9
-"""About ten sub-networks of the default model in float32, half its units kept."""
+"""About forty sub-networks of the default model, half its units kept."""
 
-_FORMAT_VERSION = "3"
+_FORMAT_VERSION = "4"
 _SHARED = "shared.safetensors"
 _SUFFIX = ".safetensors"
 
@@ -48,6 +52,7 @@ class CompactStore:
             changes a compact model's values.
         config: of the dense checkpoint.
         max_bytes: budget for the whole folder.
+        as_stored: models come out as they are stored, not in the form to compute with.
     """
 
     def __init__(
@@ -57,13 +62,17 @@ class CompactStore:
         config: ModelConfig,
         *,
         max_bytes: int = DEFAULT_MAX_BYTES,
+        as_stored: bool = False,
     ):
         text = json.dumps({"format_version": _FORMAT_VERSION, **identity}, sort_keys=True)
         self._root = folder
         self._folder = folder / hashlib.sha256(text.encode()).hexdigest()[:32]
         self._config = config
         self._max_bytes = max_bytes
+        self._as_stored = as_stored
         self._shared: dict[str, mx.array] | None = None
+        self._in_use = FilesInUse()
+        self._computed: nn.Module | None = None  # a loaded one, whose shared modules others take
 
     def is_known(self) -> bool:
         """Return whether a compact model of this dense model was ever stored, and some remain."""
@@ -84,12 +93,17 @@ class CompactStore:
             arrays, header = _read(path)
             mx.eval(arrays, self._shared)
             reading_s = time.perf_counter() - start
-            model = _build(
+            stored = _build(
                 self._config,
                 {**self._shared, **arrays},
                 selection.num_kept_units,
                 json.loads(header["packed"]),
             )
+            model = stored
+            if not self._as_stored:
+                model = as_computed(stored, weights.automatic_dtype(stored), self._computed)
+                mx.eval(model.parameters())
+                model = self._computed = check_quantized_kernels(model)
             loaded = CutModel(
                 model,
                 ModelSize(*json.loads(header["source"])),
@@ -100,29 +114,33 @@ class CompactStore:
         except (CheckpointError, ValueError, KeyError, TypeError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             logger.warning("removed damaged weights from the cache: %s", reason)
-            self._shared = None
+            self._shared = self._computed = None
             for damaged in (path, self._folder / _SHARED):
                 with contextlib.suppress(OSError):
                     damaged.unlink(missing_ok=True)
             return None
         with contextlib.suppress(OSError):  # a read-only cache still serves
             os.utime(path)
+        self._in_use.hold(path)
         return loaded
 
     def store(self, selection: Selection, compact: CutModel) -> None:
         """Write a compact model, then remove the least recently used ones beyond the budget.
 
-        A model that cannot be built again from its configuration and arrays alone is left out,
-        and so is one that is larger than the whole budget.
+        A model that cannot be built again from its configuration and arrays alone is left out, and
+        so are one that has no form as its source is stored and one larger than the whole budget.
 
         Raises:
             ResourceError: the disk is full or the folder cannot be written.
         """
-        arrays = named_arrays(compact.model)
-        packed = packed_leaves(compact.model)
-        if not _is_rebuilt_alike(self._config, compact.model, selection.num_kept_units, packed):
+        model = compact.stored
+        if model is None:
             return
-        own = unit_arrays(compact.model)
+        arrays = named_arrays(model)
+        packed = packed_leaves(model)
+        if not _is_rebuilt_alike(self._config, model, selection.num_kept_units, packed):
+            return
+        own = unit_arrays(model)
         shared = {name: array for name, array in arrays.items() if name not in own}
         num_bytes = sum(array.nbytes for array in arrays.values())
         if num_bytes > self._max_bytes:
@@ -139,7 +157,8 @@ class CompactStore:
             self._shared = shared
         path = self._path(selection)
         save_arrays(path, own, header)
-        prune(self._root, self._max_bytes, keep=path)
+        self._in_use.hold(path)
+        prune(self._root, self._max_bytes, spare_used=True)
 
     def _path(self, selection: Selection) -> Path:
         return self._folder / f"{selection.digest}{_SUFFIX}"
@@ -156,6 +175,11 @@ def stored_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob(f"*/*{_SUFFIX}"))
 
 
+def own_bytes(folder: Path, selection: Selection) -> int:
+    """Return how much the compact models of a selection take, without what they share."""
+    return sum(path.stat().st_size for path in folder.glob(f"*/{selection.digest}{_SUFFIX}"))
+
+
 def remove(folder: Path, selection: Selection) -> None:
     """Delete the compact models of a selection, whatever model they were cut from."""
     for path in folder.glob(f"*/{selection.digest}{_SUFFIX}"):
@@ -163,19 +187,19 @@ def remove(folder: Path, selection: Selection) -> None:
     _remove_lone_files(folder)
 
 
-def prune(folder: Path, max_bytes: int, *, keep: Path | None = None) -> None:
+def prune(folder: Path, max_bytes: int, *, spare_used: bool = False) -> None:
     """Delete the least recently used compact models until the rest fits.
 
     Args:
         folder: of a ``CompactStore``.
         max_bytes: budget for all files together.
-        keep: a file that stays whatever the budget says.
+        spare_used: those that a process uses stay, whatever the budget says.
     """
     files = [path for path in folder.glob(f"*/*{_SUFFIX}") if path.name != _SHARED]
     for path in sorted(files, key=lambda path: path.stat().st_mtime):
         if stored_bytes(folder) <= max_bytes:
             break
-        if path != keep:
+        if not (spare_used and is_in_use(path)):
             path.unlink(missing_ok=True)
             _remove_lone_files(folder)
 

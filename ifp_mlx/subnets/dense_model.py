@@ -20,11 +20,17 @@ from ifp_mlx.slicing.compact import (
     CutModel,
     CutOptions,
     ModelSize,
-    RequantizationError,
     slice_model,
 )
+from ifp_mlx.slicing.forms import as_computed, in_types_of
 from ifp_mlx.slicing.kernel_check import check_quantized_kernels
 from ifp_mlx.slicing.layerwise import layerwise_model
+from ifp_mlx.slicing.repacking import (
+    Repacking,
+    RequantizationError,
+    repacking_for,
+    with_changes_packed,
+)
 from ifp_mlx.slicing.streaming import Adapt, EarlierCut, load_subnetwork
 from ifp_mlx.storage import weights
 from ifp_mlx.subnets import memory
@@ -73,11 +79,14 @@ class DenseModel(Protocol):
         selection: Selection,
         adapt: Adapt | None = None,
         earlier: EarlierCut | None = None,
+        *,
+        to_keep: bool = True,
     ) -> CutModel:
         """Return the compact model of a selection, of the model that ``adapt`` makes. Evaluates.
 
         ``earlier`` is another one whose units need not be read again, where units can be taken
-        over as they are.
+        over as they are. What is not ``to_keep`` is not packed where packed weights are computed
+        with unpacked.
         """
 
 
@@ -103,7 +112,7 @@ def open_dense_model(
     is_small = sizes.dense_bytes <= SMALL_SHARE_OF_MEMORY * available_bytes
     if is_small:  # of a large one, what is cut is checked each time
         weights.require_finite(path)
-    return KeptModel(path, dtype, sizes, options, is_small=is_small, lazy=lazy)
+    return KeptModel(path, stored, dtype, sizes, options, is_small=is_small, lazy=lazy)
 
 
 class KeptModel:
@@ -111,6 +120,7 @@ class KeptModel:
 
     Args:
         path: the checkpoint directory.
+        stored: the model as it is stored, loaded lazily.
         dtype: the type to compute in; None as it is stored.
         sizes: of the checkpoint in that type.
         options: how it is cut.
@@ -123,6 +133,7 @@ class KeptModel:
     def __init__(
         self,
         path: Path,
+        stored: nn.Module,
         dtype: mx.Dtype | None,
         sizes: memory.CheckpointSizes,
         options: CutOptions,
@@ -137,7 +148,8 @@ class KeptModel:
         self._options = options
         self.skeleton, _ = weights.load_model(path, dtype, lazy=True)
         self._is_loaded = False
-        self._adapted: tuple[Adapt, nn.Module] | None = None
+        self._stored = self.skeleton if dtype is None else stored
+        self._changed: _ChangedModel | None = None
         if not lazy:
             mx.eval(self.whole().parameters())
 
@@ -165,6 +177,8 @@ class KeptModel:
         selection: Selection,
         adapt: Adapt | None = None,
         earlier: EarlierCut | None = None,
+        *,
+        to_keep: bool = True,
     ) -> CutModel:
         """Return the compact model of a selection. Evaluates.
 
@@ -172,34 +186,88 @@ class KeptModel:
         small model everything is read: later tasks are cut from it.
         """
         if not self.is_small and not self._is_loaded:
-            return _checked(
-                load_subnetwork(
-                    self._path,
-                    selection,
-                    dtype=self._dtype,
-                    options=self._options,
-                    base=self.skeleton if adapt is None else None,
-                    adapt=adapt,
-                    earlier=_reusable(earlier, adapt),
-                )
+            return _streamed(
+                self._path, self.skeleton, self._dtype, selection, self._options, adapt, earlier
             )
         start = time.perf_counter()
-        source = self.whole()
-        if adapt is not None:
-            if self._adapted is None or self._adapted[0] != adapt:
-                self._adapted = (adapt, adapt(source))
-            source = self._adapted[1]
-        error = RequantizationError()
-        compact = slice_model(source, selection, self._options, error)
-        mx.eval(compact.parameters())
+        if adapt is not None and (self._changed is None or self._changed.adapt != adapt):
+            self._changed = _ChangedModel(adapt, self._stored, self._dtype)
+        as_stored = self._dtype is None or self._options.as_stored
+        if as_stored or (adapt is not None and to_keep):
+            cut = self._cut_as_stored(selection)
+        else:
+            source = self.whole() if self._changed is None else self._changed.computed
+            unpacked = dataclasses.replace(self._options, exact_down=True)
+            compact = slice_model(source, selection, unpacked)
+            mx.eval(compact.parameters())
+            cut = CutModel(compact, self.size, stored=in_types_of(compact, self._stored))
         return _checked(
-            CutModel(
-                model=compact,
-                source=self.size,
-                requantization_error=error.relative,
-                seconds=time.perf_counter() - start,
-            )
+            dataclasses.replace(cut, seconds=time.perf_counter() - start), self._options
         )
+
+    def _cut_as_stored(self, selection: Selection) -> CutModel:
+        """Return a compact model that is no larger than its source, to compute with or to write."""
+        source, error, repacking, shared = self._stored, RequantizationError(), None, None
+        if self._changed is not None:
+            if self._options.exact_down:
+                source, shared = self._changed.model, self._changed.computed
+            else:
+                repacking = repacking_for(self._changed.model, selection.num_kept_units)
+                source, error, shared = self._changed.packed(repacking)
+        stored = slice_model(source, selection, self._options, error, repacking)
+        mx.eval(stored.parameters())
+        model = stored
+        if not self._options.as_stored:
+            model = as_computed(stored, self._dtype, like=shared)
+            mx.eval(model.parameters())
+        if self._changed is None:  # computed unpacked, it is cut without being rounded
+            may_be_kept = self._dtype is None
+        else:
+            may_be_kept = not self._options.exact_down
+        return CutModel(
+            model,
+            ModelSize.of(self._stored) if model is stored else self.size,
+            requantization_error=error.relative,
+            stored=stored if may_be_kept else None,
+        )
+
+
+class _ChangedModel:
+    """What an adapter makes of a model.
+
+    Args:
+        adapt: the adapter's changes.
+        stored: the model as it is stored.
+        dtype: the type to compute in; None as it is stored.
+
+    Attributes:
+        adapt: the adapter's changes.
+        model: with them, plain where it was packed before. Lazy.
+    """
+
+    def __init__(self, adapt: Adapt, stored: nn.Module, dtype: mx.Dtype | None):
+        self.adapt = adapt
+        self.model = adapt(stored)
+        self._dtype = dtype
+        self._packed: dict[Repacking, tuple[nn.Module, RequantizationError, nn.Module]] = {}
+
+    @functools.cached_property
+    def computed(self) -> nn.Module:
+        """The model in the type to compute in; nothing is packed again."""
+        return as_computed(self.model, self._dtype)
+
+    def packed(self, repacking: Repacking) -> tuple[nn.Module, RequantizationError, nn.Module]:
+        """Return the model with all packed again that holds no units.
+
+        Returns:
+            The model, the error of packing so far, and the same model to compute with.
+        """
+        if repacking not in self._packed:
+            error = RequantizationError()
+            packed = with_changes_packed(self.model, repacking, error)
+            self._packed[repacking] = packed, error, as_computed(packed, self._dtype)
+        packed, error, computed = self._packed[repacking]
+        return packed, dataclasses.replace(error), computed
 
 
 class StreamedModel:
@@ -259,6 +327,8 @@ class StreamedModel:
         selection: Selection,
         adapt: Adapt | None = None,
         earlier: EarlierCut | None = None,
+        *,
+        to_keep: bool = True,
     ) -> CutModel:
         """Return the compact model of a selection, read from the disk. Evaluates.
 
@@ -266,16 +336,8 @@ class StreamedModel:
             ResourceError: it does not fit in memory; the message says which K does.
         """
         self._require_memory(selection.num_kept_units)
-        return _checked(
-            load_subnetwork(
-                self._path,
-                selection,
-                dtype=self._dtype,
-                options=self._options,
-                base=self.skeleton if adapt is None else None,
-                adapt=adapt,
-                earlier=_reusable(earlier, adapt),
-            )
+        return _streamed(
+            self._path, self.skeleton, self._dtype, selection, self._options, adapt, earlier
         )
 
     def _require_memory(self, num_kept_units: int) -> None:
@@ -288,6 +350,29 @@ class StreamedModel:
             )
 
 
+def _streamed(
+    path: Path,
+    skeleton: nn.Module,
+    dtype: mx.Dtype | None,
+    selection: Selection,
+    options: CutOptions,
+    adapt: Adapt | None,
+    earlier: EarlierCut | None,
+) -> CutModel:
+    """Return a compact model that is read from the disk; ``skeleton`` is in ``dtype``."""
+    in_other_form = options.as_stored and dtype is not None
+    cut = load_subnetwork(
+        path,
+        selection,
+        dtype=None if options.as_stored else dtype,
+        options=options,
+        base=None if in_other_form or adapt is not None else skeleton,
+        adapt=adapt,
+        earlier=None if in_other_form else _reusable(earlier, adapt),
+    )
+    return _checked(cut, options)
+
+
 def _reusable(earlier: EarlierCut | None, adapt: Adapt | None) -> EarlierCut | None:
     """Return an earlier cut if its units are what would be read: bit for bit, unchanged."""
     if earlier is None or adapt is not None:
@@ -295,6 +380,8 @@ def _reusable(earlier: EarlierCut | None, adapt: Adapt | None) -> EarlierCut | N
     return earlier if family_of(earlier.model).kind.columns is None else None
 
 
-def _checked(cut: CutModel) -> CutModel:
+def _checked(cut: CutModel, options: CutOptions) -> CutModel:
     """Return a compact model that no kernel of this machine computes wrongly. Evaluates."""
+    if options.as_stored:  # it is written, not computed with
+        return cut
     return dataclasses.replace(cut, model=check_quantized_kernels(cut.model))

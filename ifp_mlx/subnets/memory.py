@@ -12,12 +12,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ifp_mlx.errors import ResourceError
-from ifp_mlx.slicing.compact import REQUANTIZED_BITS
+from ifp_mlx.slicing.repacking import FULL_BITS_REPACKINGS
 from ifp_mlx.slicing.stored_units import BLOCK_BYTES
 from ifp_mlx.slicing.unit_file import UNIT_FILE
 from ifp_mlx.slicing.whole_down import packed_bytes
 from ifp_mlx.storage.config_file import read_config
 from ifp_mlx.storage.weights import load_model
+from ifp_mlx.subnets.process_limits import process_limit_bytes
 from ifp_mlx.units.amounts import Amounts
 from ifp_mlx.units.model_config import ModelConfig
 from ifp_mlx.units.modules import (
@@ -121,10 +122,13 @@ class CheckpointSizes:
         hidden_size: D.
         shared_bytes: everything that holds no units, in the type that is computed in.
         largest_shared_bytes: of one such array, as it is stored.
-        unit_bytes: one unit in all layers, in a compact model; without its columns of
-            ``exact_downs``.
-        exact_downs: for each layer whose packed down projection is not quantized again, the bytes
-            of one plain column of it and of the whole: the smaller form is kept.
+        unit_bytes: one unit in all layers, in a compact model; without its columns of packed down
+            projections.
+        exact_downs: for each layer whose packed down projection is not packed again, the bytes of
+            one plain column of it and of the whole: the smaller form is kept.
+        repacked_columns: one column of all other packed down projections, in the forms that are
+            tried: the first with which units take no more than in the source is kept.
+        whole_downs: those projections whole, which is what remains where none does.
         dense_unit_bytes: the same in the dense model, with columns as they are stored.
         stored_unit_bytes: one unit of one layer, as it is stored.
         layer_bytes: one dense layer, as it is stored and, if that differs, as it is computed.
@@ -141,6 +145,8 @@ class CheckpointSizes:
     largest_shared_bytes: int
     unit_bytes: int
     exact_downs: tuple[tuple[int, int], ...]
+    repacked_columns: tuple[int, ...]
+    whole_downs: int
     dense_unit_bytes: int
     stored_unit_bytes: int
     layer_bytes: int
@@ -161,16 +167,22 @@ class CheckpointSizes:
         prefill = tokens * self.prefill.values(num_kept_units) * self.item_bytes
         if mx.default_device() == mx.cpu:  # where attention scores exist in memory
             prefill += 2 * self.num_heads * tokens * context * self.item_bytes
-        if num_kept_units == self.amounts.num_units:
-            ffn_bytes = num_kept_units * self.dense_unit_bytes
-        else:
-            downs = (min(num_kept_units * column, whole) for column, whole in self.exact_downs)
-            ffn_bytes = num_kept_units * self.unit_bytes + sum(downs)
         return MemoryPrediction(
-            weights_bytes=self.shared_bytes + ffn_bytes,
+            weights_bytes=self.shared_bytes + self._units_bytes(num_kept_units),
             kv_cache_bytes=sum(cache.num_bytes(context) for cache in self.kv_caches),
             working_set_bytes=max(loading, self.largest_shared_bytes, self.layer_bytes, prefill),
         )
+
+    def _units_bytes(self, num_kept_units: int) -> int:
+        """Return what K units take."""
+        source_bytes = self.amounts.num_units * self.dense_unit_bytes
+        if num_kept_units == self.amounts.num_units:
+            return source_bytes
+        exact = sum(min(num_kept_units * column, whole) for column, whole in self.exact_downs)
+        rows_bytes = num_kept_units * self.unit_bytes + exact
+        forms = (rows_bytes + num_kept_units * column for column in self.repacked_columns)
+        whole_bytes = rows_bytes + self.whole_downs
+        return next((form for form in forms if form <= source_bytes), whole_bytes)
 
     @property
     def dense_bytes(self) -> int:
@@ -208,11 +220,33 @@ def checkpoint_sizes(
         CheckpointError: the checkpoint is damaged.
     """
     stored, _ = load_model(path, lazy=True)
-    config, kind = read_config(path), family_of(stored).kind
+    sizes = model_sizes(stored, read_config(path), dtype, exact_down=exact_down)
+    return dataclasses.replace(
+        sizes, reads_blocks=sizes.reads_blocks and not (path / UNIT_FILE).exists()
+    )
+
+
+def model_sizes(
+    stored: nn.Module,
+    config: ModelConfig,
+    dtype: mx.Dtype | None = None,
+    *,
+    exact_down: bool = False,
+) -> CheckpointSizes:
+    """Return what the parts of an mlx-lm model take. Evaluates nothing.
+
+    Args:
+        stored: with its weights as a checkpoint has them; only their shapes and types count.
+        config: of it.
+        dtype: as for ``checkpoint_sizes``.
+        exact_down: as there.
+    """
+    kind = family_of(stored).kind
     num_units = unit_shape(stored).num_units
     computed = compute_dtype(stored) if dtype is None else dtype
     unit_bytes = 0
     exact_downs = []
+    repacked_columns, whole_downs = [0] * len(FULL_BITS_REPACKINGS), 0
     stored_layers, computed_units = [], 0
     for layer in unit_layers(stored).values():
         in_file = in_memory = 0
@@ -226,8 +260,11 @@ def checkpoint_sizes(
             elif exact_down:
                 exact_downs.append((config.hidden_size * computed.size, packed_bytes(module)))
             else:
-                column_bits = REQUANTIZED_BITS + 16 * computed.size // int(module.group_size)
-                unit_bytes += config.hidden_size * column_bits // 8
+                whole_downs += packed_bytes(module)
+                for form, repacking in enumerate(FULL_BITS_REPACKINGS):
+                    group_size = max(int(module.group_size), repacking.least_group)
+                    bits = repacking.bits + 16 * computed.size / group_size
+                    repacked_columns[form] += round(config.hidden_size * bits / 8)
         stored_layers.append(in_file)
         computed_units += in_memory
     inside = {id(array) for array in unit_arrays(stored).values()}
@@ -242,6 +279,8 @@ def checkpoint_sizes(
         largest_shared_bytes=max(array.nbytes for array in outside),
         unit_bytes=unit_bytes,
         exact_downs=tuple(exact_downs),
+        repacked_columns=tuple(repacked_columns),
+        whole_downs=whole_downs,
         dense_unit_bytes=computed_units // num_units,
         stored_unit_bytes=max(stored_layers) // num_units,
         layer_bytes=layer_bytes,
@@ -249,7 +288,7 @@ def checkpoint_sizes(
         kv_caches=_kv_caches(stored, computed),
         num_heads=config.num_attention_heads,
         prefill=_prefill_size(stored, config),
-        reads_blocks=kind.columns is not None and not (path / UNIT_FILE).exists(),
+        reads_blocks=kind.columns is not None,
     )
 
 
@@ -282,6 +321,7 @@ def usable_memory_bytes(limit_bytes: int | None = None) -> int:
 
 def _machine_memory_bytes() -> int:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = min(total, process_limit_bytes() or total)
     if mx.default_device() != mx.cpu:
         recommended = mx.device_info().get("max_recommended_working_set_size")
         if isinstance(recommended, int) and recommended:

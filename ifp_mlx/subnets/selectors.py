@@ -10,6 +10,7 @@ from ifp_mlx.adapters.adapter import Adapter
 from ifp_mlx.errors import UsageError
 from ifp_mlx.selection.calibration import Calibration
 from ifp_mlx.selection.expert_statistics import CRITERIA
+from ifp_mlx.selection.predictor import HEAD_TOKENS, TAIL_TOKENS
 from ifp_mlx.selection.selectors import (
     DEFAULT_PRIOR_WEIGHT,
     BlendSelector,
@@ -57,6 +58,7 @@ class SelectorKind:
         version: changes whenever the same input may give other scores; goes into cache keys.
         takes_argument: whether something may follow its name.
         make: returns the selector for a spec, the dense model that reads, and the files.
+        window: of a longer instruction it reads so many tokens; None for all.
     """
 
     needs: Literal["adapter", "calibration"] | None
@@ -64,6 +66,13 @@ class SelectorKind:
     version: str
     make: Make
     takes_argument: bool = False
+    window: int | None = None
+
+    def tokens_read(self, num_tokens: int) -> int:
+        """Return how many tokens of an instruction the dense model reads."""
+        if not self.reads:
+            return 0
+        return num_tokens if self.window is None else min(num_tokens, self.window)
 
 
 def _predictor(spec: SelectorSpec, reader: nn.Module, files: SelectorFiles) -> Selector:
@@ -103,7 +112,9 @@ def _random(spec: SelectorSpec, reader: nn.Module, files: SelectorFiles) -> Sele
 
 
 SELECTORS: dict[str, SelectorKind] = {
-    "predictor": SelectorKind("adapter", True, "1", _predictor),
+    "predictor": SelectorKind(
+        "adapter", True, "1", _predictor, window=HEAD_TOKENS + TAIL_TOKENS
+    ),
     "blend": SelectorKind("calibration", True, f"1-{DEFAULT_PRIOR_WEIGHT:g}", _blend, True),
     "static": SelectorKind("calibration", False, "1", _static, True),
     "prompt": SelectorKind(None, True, "1", _prompt, True),

@@ -36,8 +36,9 @@ class SubNetwork:
         slicing_s: seconds to slice or load it, 0 when the compact model was still resident.
         weights_from_disk: the compact model was stored by an earlier run, nothing was sliced.
         reader: a part of ``model`` that reads prompts in its place; None where it reads itself.
-        requantization_error: relative error of quantizing columns of down projections again; 0
-            where that was not needed.
+        prompt_too_short: the whole model, because selecting a part for this prompt would take
+            longer than the part saves.
+        requantization_error: relative error of packing weights again; 0 where none were.
     """
 
     model: nn.Module
@@ -58,3 +59,4 @@ class SubNetwork:
     weights_from_disk: bool = False
     requantization_error: float = 0.0
     reader: "SubNetwork | None" = None
+    prompt_too_short: bool = False

@@ -23,6 +23,7 @@ import filelock
 from ifp_mlx.errors import CacheError, SelectionError
 from ifp_mlx.selection.selection import Selection
 from ifp_mlx.storage.arrays import load_arrays
+from ifp_mlx.storage.files import FilesInUse, is_in_use
 from ifp_mlx.subnets import compact_store
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ DEFAULT_MAX_BYTES = 256 * 10**6  # about 2,000 sub-networks of the default model
 FORMAT_VERSION = "2"
 _SUFFIX = ".safetensors"
 _REQUANTIZATION_ERROR = "requantization_error"  # fields of the header
+_MEMORY_BYTES = "memory_bytes"
 _NUM_EXAMPLES = "num_examples"
 _REUSED_TASK = "reused_task"
 _REUSE_OVERLAP = "reuse_overlap"
@@ -102,8 +104,9 @@ class CacheEntry:
         last_used_s: seconds since 1970; the file's modification time.
         size_bytes: of the file.
         path: the file.
-        requantization_error: relative error of quantizing its columns of down projections again,
-            0 where that was not needed; None if it was never cut.
+        requantization_error: relative error of packing its weights again, 0 where that was not
+            needed; None if it was never cut.
+        memory_bytes: what its model takes as it is computed with here; None if it was never cut.
         num_examples: inputs of the task that selected along with its description.
         reuse: the task whose units it took over, and their overlap; None if it selected itself.
     """
@@ -116,6 +119,7 @@ class CacheEntry:
     size_bytes: int
     path: Path
     requantization_error: float | None
+    memory_bytes: int | None = None
     num_examples: int = 0
     reuse: "Reuse | None" = None
 
@@ -139,6 +143,7 @@ class TaskCache:
     def __init__(self, folder: Path, max_bytes: int = DEFAULT_MAX_BYTES):
         self.folder = folder
         self.max_bytes = max_bytes
+        self._in_use = FilesInUse()
 
     @property
     def compact_folder(self) -> Path:
@@ -185,6 +190,7 @@ class TaskCache:
             return None
         with contextlib.suppress(OSError):  # a read-only cache still serves
             os.utime(path)
+        self._in_use.hold(path)
         return selection, _reuse(header)
 
     def put(
@@ -221,11 +227,12 @@ class TaskCache:
         if replaced is not None:
             compact_store.remove(self.compact_folder, replaced)
         self._remove_old_formats()
-        self.prune(self.max_bytes, keep=path)
+        self._in_use.hold(path)
+        self.prune(self.max_bytes, spare_used=True)
         return self._read_entry(path)
 
-    def note_requantization_error(self, key: CacheKey, error: float) -> None:
-        """Write into an entry, if there is one, what quantizing its columns again cost.
+    def note_cut(self, key: CacheKey, requantization_error: float, memory_bytes: int) -> None:
+        """Write into an entry, if there is one, what cutting it showed.
 
         Raises:
             ResourceError: the disk is full or the folder cannot be written.
@@ -235,8 +242,13 @@ class TaskCache:
             return
         with contextlib.suppress(SelectionError):  # damaged since: the next ``get`` reports it
             selection, header = Selection.load(path)
-            if header.get(_REQUANTIZATION_ERROR) != repr(error):
-                selection.save(path, {**header, _REQUANTIZATION_ERROR: repr(error)})
+            facts = {
+                _REQUANTIZATION_ERROR: repr(requantization_error),
+                _MEMORY_BYTES: str(memory_bytes),
+            }
+            if {**header, **facts} != header:
+                selection.save(path, {**header, **facts})
+                self._in_use.hold(path)
 
     def entries(self) -> list[CacheEntry]:
         """Return every readable entry, most recently used first."""
@@ -309,12 +321,12 @@ class TaskCache:
         except OSError as error:
             raise CacheError(f"cannot delete {entry.path}: {error.strerror}") from error
 
-    def prune(self, max_bytes: int, *, keep: Path | None = None) -> list[CacheEntry]:
+    def prune(self, max_bytes: int, *, spare_used: bool = False) -> list[CacheEntry]:
         """Remove the least recently used entries until the rest fits, and return them.
 
         Args:
             max_bytes: budget for all entries together.
-            keep: an entry that stays whatever the budget says.
+            spare_used: those that a process uses stay, whatever the budget says.
         """
         removed = []
         entries = self.entries()
@@ -322,7 +334,7 @@ class TaskCache:
         for entry in reversed(entries):
             if total_bytes <= max_bytes:
                 break
-            if entry.path == keep:
+            if spare_used and is_in_use(entry.path):
                 continue
             self.remove(entry)
             total_bytes -= entry.size_bytes
@@ -384,6 +396,7 @@ class TaskCache:
                 size_bytes=status.st_size,
                 path=path,
                 requantization_error=None if error is None else float(error),
+                memory_bytes=int(header[_MEMORY_BYTES]) if _MEMORY_BYTES in header else None,
                 num_examples=int(header[_NUM_EXAMPLES]),
                 reuse=_reuse(header),
             )

@@ -8,7 +8,7 @@ from pathlib import Path
 from ifp_mlx.storage.files import write_bytes_atomically
 from ifp_mlx.subnets.task_cache import fold_task
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,7 @@ class TaskSetting:
     Attributes:
         num_kept_units: K.
         only_reads: the sub-network reads, the whole model writes.
-        sure_flips: of 100 sure tokens, how many differed from the whole model's.
+        changed: of 100 tokens, how many differed from the whole model's.
         num_examples: that was measured on.
         num_right: how many of them the user's check found right; None without a check.
         whole_right: how many of the whole model's.
@@ -26,14 +26,14 @@ class TaskSetting:
 
     num_kept_units: int
     only_reads: bool
-    sure_flips: float
+    changed: float
     num_examples: int
     num_right: int | None = None
     whole_right: int | None = None
 
     def describe(self) -> str:
         """Return what was measured, for people."""
-        text = f"{self.sure_flips:.1f} of 100 sure tokens differ"
+        text = f"{self.changed:.1f} of 100 tokens differ"
         if self.num_right is not None:
             text += (
                 f", {self.num_right} of {self.num_examples} right "

@@ -67,6 +67,15 @@ class ExampleSet:
         lengths: npt.NDArray[np.int64] = self.spans[:, 1] - self.spans[:, 0]
         return lengths
 
+    def subset(self, indices: npt.NDArray[np.int64]) -> "ExampleSet":
+        """Return some of the examples, in the given order; the tokens are shared."""
+        return dataclasses.replace(
+            self,
+            spans=self.spans[indices],
+            sources=self.sources[indices],
+            domains=self.domains[indices],
+        )
+
     def save(self, folder: Path) -> None:
         """Write the arrays to a folder, whole or not at all."""
         with staged_directory(folder, overwrite=True) as staging:

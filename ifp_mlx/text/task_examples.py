@@ -40,7 +40,7 @@ def read_task_examples(path: Path) -> list[TaskExample]:
         raise DataError(f"{path} is not UTF-8 text; save it as UTF-8") from error
     is_json = path.suffix == ".jsonl"
     examples = [
-        _parse(line, f"{path}:{number}") if is_json else TaskExample(line.strip())
+        parse_example(line, f"{path}:{number}") if is_json else TaskExample(line.strip())
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
@@ -49,7 +49,12 @@ def read_task_examples(path: Path) -> list[TaskExample]:
     return list(dict.fromkeys(examples))
 
 
-def _parse(line: str, where: str) -> TaskExample:
+def parse_example(line: str, where: str) -> TaskExample:
+    """Return the example of a line of JSON.
+
+    Raises:
+        DataError: it is none; ``where`` begins the message.
+    """
     try:
         record = json.loads(line)
     except ValueError:

@@ -34,6 +34,7 @@ class DataConfig:
         chunk_tokens: length of a document's chunks.
         num_chunks: C, chunks a document window.
         document_stride: every n-th document of a file is used.
+        held_out_share: of the examples, how many are not trained on and tell before from after.
     """
 
     instructions: tuple[str, ...] = ()
@@ -46,6 +47,7 @@ class DataConfig:
     chunk_tokens: int = 256
     num_chunks: int = 2
     document_stride: int = 1
+    held_out_share: float = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,9 +177,11 @@ class TrainingConfig:
         mask: which masks the FFN has: none (plain fine-tuning), one static mask, or one a sample.
         predictor: with ``ifp`` masks, fixed after its warm start, or joint; with a ``static``
             mask, whether its scores stay at the importance that was measured, or are trained.
-        keep_units: K, or several: one is drawn each step, so that one run serves them all.
-        stages: in order.
-        batch_tokens: tokens a step, padding counted.
+        start: an adapter of the base model to go on from; None starts from the base itself.
+        keep_units: K, or several: one is drawn each step, so that one run serves them all. None is
+            the one that the model is used with.
+        stages: in order; none is a few passes over the data.
+        batch_tokens: tokens a step, padding counted; 0 is as the data and the stages allow.
         grad_accumulation_steps: micro-batches a step.
         compute_dtype: bfloat16 or float32; auto is float32 on a CPU, where 16 bits are slow, and
             bfloat16 elsewhere. Master weights are float32.
@@ -190,9 +194,10 @@ class TrainingConfig:
     model: str = ""
     mask: MaskMode = "ifp"
     predictor: PredictorMode = "joint"
-    keep_units: tuple[int, ...] = (512,)
-    stages: tuple[StageConfig, ...] = (StageConfig(tokens=1_000_000),)
-    batch_tokens: int = 16384
+    start: str | None = None
+    keep_units: tuple[int, ...] = ()
+    stages: tuple[StageConfig, ...] = ()
+    batch_tokens: int = 0
     grad_accumulation_steps: int = 1
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     gradient_checkpointing: bool = False
@@ -212,14 +217,18 @@ class TrainingConfig:
         Raises:
             ConfigError: a value out of range.
         """
-        if not self.keep_units or min(self.keep_units) < 1:
+        if any(keep < 1 for keep in self.keep_units):
             raise ConfigError("keep_units must be one positive number or several")
-        if not self.stages or any(stage.tokens < 1 for stage in self.stages):
+        if any(stage.tokens < 1 for stage in self.stages):
             raise ConfigError("each stage needs a positive number of tokens")
         if any(not 0 <= stage.document_share <= 1 for stage in self.stages):
             raise ConfigError("document_share must be between 0 and 1")
-        if self.grad_accumulation_steps < 1 or self.batch_tokens < self.data.max_tokens:
+        if self.grad_accumulation_steps < 1 or 0 < self.batch_tokens < self.data.max_tokens:
             raise ConfigError("batch_tokens must hold at least one example of max_tokens")
+        if not 0 < self.data.held_out_share < 1:
+            raise ConfigError("data.held_out_share must be between 0 and 1")
+        if self.start is not None and self.mask == "static":
+            raise ConfigError("a static mask starts from the base model: leave out `start`")
         if not 0 <= self.joint.start_share <= 1:
             raise ConfigError("joint.start_share must be between 0 and 1")
         if not 0 <= self.joint.mean_weight <= 1:

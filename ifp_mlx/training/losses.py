@@ -9,7 +9,7 @@ from ifp_mlx.training.config import DistillationConfig
 from ifp_mlx.training.schedule import Batch
 from ifp_mlx.units.modules import trunk
 
-_CHUNK_POSITIONS = 4096
+CHUNK_POSITIONS = 4096
 """Logits of so many positions exist at once, whatever the batch: the vocabulary is wide."""
 
 
@@ -45,8 +45,8 @@ def training_loss(
 
     checkpointed = mx.checkpoint(chunk_loss)
     loss = mx.array(0.0)
-    for start in range(0, hidden.shape[0], _CHUNK_POSITIONS):
-        loss = loss + checkpointed(*(part[start : start + _CHUNK_POSITIONS] for part in parts))
+    for start in range(0, hidden.shape[0], CHUNK_POSITIONS):
+        loss = loss + checkpointed(*(part[start : start + CHUNK_POSITIONS] for part in parts))
     return loss
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import numpy.typing as npt
 
-from ifp_mlx.adapters.adapter import load_adapter, save_adapter
-from ifp_mlx.errors import ConfigError, DataError, TrainingError, UsageError
+from ifp_mlx.adapters.adapter import Adapter, load_adapter, save_adapter
+from ifp_mlx.errors import ArchitectureError, ConfigError, DataError, TrainingError, UsageError
+from ifp_mlx.storage.config_file import read_config
 from ifp_mlx.storage.files import write_bytes_atomically
 from ifp_mlx.storage.tokenizer import ChatTokenizer, chat_ids, load_tokenizer
 from ifp_mlx.storage.weights import load_model
@@ -22,11 +24,15 @@ from ifp_mlx.text.examples import (
 )
 from ifp_mlx.text.records import BadLines
 from ifp_mlx.training.config import DataConfig, TrainingConfig
+from ifp_mlx.training.defaults import divide, settled
+from ifp_mlx.training.held_out import HeldOutFigures, compare, example_losses
 from ifp_mlx.training.masked_model import training_dtype
+from ifp_mlx.training.memory import fit_to_memory, predict_training
 from ifp_mlx.training.schedule import make_schedule
 from ifp_mlx.training.trainer import Report, Trainer
-from ifp_mlx.training.warm_start import WarmStart, make_warm_start
-from ifp_mlx.units.modules import clone_module, unit_shape
+from ifp_mlx.training.warm_start import WarmStart, continued_warm_start, make_warm_start
+from ifp_mlx.units.amounts import Amounts
+from ifp_mlx.units.modules import clone_module, named_arrays, unit_shape
 
 LOG = "log.jsonl"
 
@@ -42,12 +48,15 @@ class Outcome:
         log: the JSON-lines log.
         skipped_lines: reason -> number of lines left out.
         loss: of the last step.
+        held_out: before and after on examples that were not trained on; None on all but the first
+            of several machines.
     """
 
     adapter: Path
     log: Path
     skipped_lines: dict[str, int]
     loss: float
+    held_out: HeldOutFigures | None
 
 
 def run_training(
@@ -58,11 +67,13 @@ def run_training(
     bits: int = 2,
     report: Report = lambda record: None,
     evaluate: Evaluation | None = None,
+    default_keep_ratio: float = 0.9,
+    memory_bytes: int | None = None,
 ) -> Outcome:
     """Train and write an adapter. Evaluates.
 
     ``output`` gets config.json, the tokenised examples, the warm start, a checkpoint, the log
-    and, at the end, adapter/.
+    and, at the end, adapter/. Some of the examples are held out, and tell before from after.
 
     Args:
         config: the run.
@@ -71,12 +82,16 @@ def run_training(
         bits: of a weight's change in the adapter.
         report: called with each record of the log, and with the progress of the preparation.
         evaluate: called with the trainer when an evaluation is due.
+        default_keep_ratio: of the units, where neither the run nor an adapter to start from says K.
+        memory_bytes: the most to use; steps are cut to what fits. None does not look.
 
     Raises:
         UsageError: the folder exists, or does not when resuming.
+        ArchitectureError: the model is a mixture of experts.
         ConfigError: the run does not fit the model.
         AdapterError: the teacher is no adapter of the model.
-        DataError: text that cannot be used.
+        DataError: text that cannot be used, or too little of it.
+        ResourceError: not even one example at a time fits in memory.
         TrainingError: the run had to stop.
     """
     is_writer = mx.distributed.init().rank() == 0
@@ -85,20 +100,36 @@ def run_training(
     if not resume and is_writer and output.exists() and any(output.iterdir()):
         raise UsageError(f"{output} is not empty; choose another folder or pass `resume`")
     folder = Path(config.model)
-    model, _ = load_model(folder, mx.float32)
-    _check_fit(config, model)
-    teacher = _teacher(config, model)
+    _refuse_mixtures(folder)
+    stored, _ = load_model(folder, lazy=True)
     tokenizer: ChatTokenizer = load_tokenizer(folder)
     bad = BadLines(skip=config.data.skip_bad_lines)
-    examples = _examples(config.data, tokenizer, bad, output, resume=resume)
+    examples, held_out = _examples(config.data, tokenizer, bad, output, resume=resume)
+    begun = None if config.start is None else load_adapter(Path(config.start))
+    config = settled(
+        config, examples, _default_keep_units(folder, stored, begun, default_keep_ratio)
+    )
+    _check_fit(config, stored)
+    if memory_bytes is not None:
+        config = fit_to_memory(stored, config, int(examples.lengths().max()), memory_bytes)
+    base, _ = load_model(folder, mx.float32)
+    model = base if begun is None else begun.apply(base)
+    teacher = _teacher(config, base)
     if is_writer:
         settings = json.dumps(dataclasses.asdict(config), indent=1)
         write_bytes_atomically(output / "config.json", settings.encode())
         examples.save(output / "examples")
+        held_out.save(output / "held_out")
+    report(_described(config, stored, examples, held_out))
     with _Log(output / LOG, report, append=resume, active=is_writer) as log:
-        warm_start = _warm_start(config, model, examples, tokenizer, output, log)
+        warm_start = _warm_start(config, base, begun, examples, tokenizer, output, log)
         if warm_start is not None and is_writer:
             warm_start.save(output / "warm_start")
+        keep_units = max(config.keep_units)
+        before = None
+        if is_writer:
+            head = None if warm_start is None else warm_start.head
+            before = example_losses(model, held_out, head, base, keep_units)
         callback = None if evaluate is None else lambda trainer: evaluate(trainer, tokenizer)
         trainer = Trainer(
             model,
@@ -106,6 +137,7 @@ def run_training(
             config,
             warm_start,
             teacher,
+            base,
             report=log,
             evaluate=callback,
             checkpoint_folder=output / "checkpoint",
@@ -113,23 +145,84 @@ def run_training(
         result = trainer.run(resume=resume)
         loss = log.last_loss
     adapter = output / "adapter"
+    figures = None
     if is_writer:
         manifest = {
-            "base_model": folder.name,
+            "base_model": folder.name if begun is None else begun.base_model,
             "keep_units": sorted(config.keep_units),
             "training": {
                 "digest": config.digest(),
                 "steps": len(trainer.steps),
                 "tokens": sum(step.num_tokens for step in trainer.steps),
+                "start": None if begun is None else begun.fingerprint,
                 "mask": config.mask,
                 "predictor": config.predictor,
                 "agreement": {} if warm_start is None else warm_start.agreement,
             },
         }
-        save_adapter(
-            adapter, model, result.weights, result.head, manifest, bits=bits, overwrite=True
+        weights = _changed_weights(model, begun) | result.weights
+        save_adapter(adapter, base, weights, result.head, manifest, bits=bits, overwrite=True)
+        del trainer, result, weights
+        assert before is not None
+        figures = compare(
+            example_losses(base, held_out),
+            before,
+            _losses_of(load_adapter(adapter), base, held_out, keep_units),
         )
-    return Outcome(adapter, output / LOG, dict(bad.counts), loss)
+        content = json.dumps(dataclasses.asdict(figures), indent=1)
+        write_bytes_atomically(output / "held_out.json", content.encode())
+    return Outcome(adapter, output / LOG, dict(bad.counts), loss, figures)
+
+
+def _default_keep_units(
+    folder: Path, stored: nn.Module, begun: Adapter | None, ratio: float
+) -> int:
+    """Return the K that the model is used with: what an adapter was trained for, or a share."""
+    if begun is not None:
+        return max(begun.keep_units)
+    return Amounts.of(read_config(folder), unit_shape(stored).num_units).nearest(ratio)
+
+
+def _changed_weights(model: nn.Module, begun: Adapter | None) -> dict[str, mx.array]:
+    """Return the weights that an adapter to start from changed."""
+    if begun is None:
+        return {}
+    arrays = named_arrays(model)
+    return {name: arrays[name] for name in begun.manifest["changed"]}
+
+
+def _losses_of(
+    adapter: Adapter, base: nn.Module, examples: ExampleSet, keep_units: int
+) -> npt.NDArray[np.float64]:
+    """Return the losses of a written adapter, as it will be used."""
+    head = adapter.predictor(base).head if adapter.has_predictor else None
+    return example_losses(adapter.apply(base), examples, head, base, keep_units)
+
+
+def _described(
+    config: TrainingConfig, stored: nn.Module, examples: ExampleSet, held_out: ExampleSet
+) -> dict[str, Any]:
+    """Return what the run is going to do, as a record of the log."""
+    lengths = examples.lengths()
+    return {
+        "examples": len(examples),
+        "held_out": len(held_out),
+        "keep_units": list(config.keep_units),
+        "tokens": sum(stage.tokens for stage in config.stages),
+        "passes": sum(stage.tokens for stage in config.stages) / int(lengths.sum()),
+        "batch_tokens": config.batch_tokens,
+        "parts": config.grad_accumulation_steps,
+        "memory_bytes": predict_training(stored, config, int(lengths.max())).total_bytes,
+    }
+
+
+def _refuse_mixtures(folder: Path) -> None:
+    family = read_config(folder).family
+    if family.kind.name != "ffn":
+        raise ArchitectureError(
+            f"{family.model_type} models cannot be trained here: masks are learnt over FFN units, "
+            "not over experts; ifp fit finds how many experts a task needs"
+        )
 
 
 def _check_fit(config: TrainingConfig, model: nn.Module) -> None:
@@ -147,11 +240,12 @@ def _teacher(config: TrainingConfig, model: nn.Module) -> nn.Module | None:
 
 def _examples(
     data: DataConfig, tokenizer: ChatTokenizer, bad: BadLines, output: Path, *, resume: bool
-) -> ExampleSet:
+) -> tuple[ExampleSet, ExampleSet]:
+    """Return the examples to train on, and those that are held out."""
     if resume:
-        return ExampleSet.load(output / "examples")
+        return ExampleSet.load(output / "examples"), ExampleSet.load(output / "held_out")
     if data.tokenised is not None:
-        return ExampleSet.load(Path(data.tokenised))
+        return divide(ExampleSet.load(Path(data.tokenised)), data.held_out_share)
     if not data.instructions and not data.documents:
         raise ConfigError("no training text: set data.instructions or data.documents")
     rules = ExampleRules(
@@ -163,12 +257,14 @@ def _examples(
     )
     instructions = [Path(path) for path in data.instructions]
     documents = [Path(path) for path in data.documents]
-    return tokenise_files(instructions, documents, tokenizer, rules, bad)
+    examples = tokenise_files(instructions, documents, tokenizer, rules, bad)
+    return divide(examples, data.held_out_share)
 
 
 def _warm_start(
     config: TrainingConfig,
     model: nn.Module,
+    begun: Adapter | None,
     examples: ExampleSet,
     tokenizer: ChatTokenizer,
     output: Path,
@@ -183,11 +279,16 @@ def _warm_start(
     steps = make_schedule(examples, config)
     reader = clone_module(model)
     reader.set_dtype(training_dtype(config))
+    seen = np.concatenate([step.examples for step in steps])
+    descriptions = _descriptions(config.data, tokenizer)
+    if begun is not None:
+        head = begun.predictor(model).head
+        return continued_warm_start(reader, head, examples, seen, descriptions, report)
     return make_warm_start(
         reader,
         examples,
-        np.concatenate([step.examples for step in steps]),
-        _descriptions(config.data, tokenizer),
+        seen,
+        descriptions,
         config.keep_units,
         config.warm_start,
         config.seed,

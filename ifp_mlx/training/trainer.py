@@ -49,11 +49,12 @@ class Trainer:
     """A run: build it, then ``run``.
 
     Args:
-        model: the dense base model, float32; it is not changed.
+        model: the dense model to start from, float32; it is not changed.
         examples: the tokenised text.
         config: the run.
         warm_start: needed unless the masks are ``none``.
         teacher: the dense model to distil from; None is ``model`` itself.
+        reader: the base model, which the predictor reads with; None is ``model`` itself.
         report: called with one JSON-able record for each line of the log.
         evaluate: called with the trainer now and then, and at the end; what it returns is logged.
         checkpoint_folder: where checkpoints go; None writes none.
@@ -66,6 +67,7 @@ class Trainer:
         config: TrainingConfig,
         warm_start: WarmStart | None = None,
         teacher: nn.Module | None = None,
+        reader: nn.Module | None = None,
         report: Report = lambda record: None,
         evaluate: Callable[["Trainer"], dict[str, Any]] | None = None,
         checkpoint_folder: Path | None = None,
@@ -79,7 +81,7 @@ class Trainer:
         self.state = AdamW.start(self.masked.initial)
         self.step_number = 0
         self.predictor: PredictorTrainer | None = None
-        self._base = model
+        self._base = reader or model
         self._reader: nn.Module | None = None
         self._warm_start = warm_start
         self._report = report
@@ -181,6 +183,8 @@ class Trainer:
                 )
                 head_gradient = share if head_gradient is None else head_gradient + share
                 record["anchor"] = anchor
+            if parts > 1:  # or the passes of all parts would be in memory together
+                mx.eval(gradient, loss, [] if head_gradient is None else head_gradient)
         if gradient is None:
             gradient = mx.zeros_like(self.state.weights)
         if size > 1:

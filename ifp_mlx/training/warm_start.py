@@ -205,6 +205,42 @@ def make_warm_start(
     return result
 
 
+def continued_warm_start(
+    model: nn.Module,
+    head: PredictorHead,
+    examples: ExampleSet,
+    example_ids: npt.NDArray[np.int64],
+    descriptions: dict[str, list[list[int]]],
+    progress: Progress,
+) -> WarmStart:
+    """Return the start of a run that goes on from a trained predictor. Evaluates.
+
+    There is no importance to hold on to: what the head knows came after that.
+
+    Args:
+        model: the dense base model, which the head's features come from.
+        head: of the adapter.
+        examples: all of them.
+        example_ids: those that the run will see.
+        descriptions: domain -> token ids of task descriptions.
+        progress: called with figures now and then.
+    """
+    example_ids = np.unique(example_ids)
+    return WarmStart(
+        prior=head.prior,
+        head=head,
+        features=collect_features(model, [examples.source(int(i)) for i in example_ids], progress),
+        example_ids=example_ids,
+        description_features={
+            name: collect_features(model, ids, progress)
+            for name, ids in sorted(descriptions.items())
+        },
+        targets=np.zeros((0, *head.prior.shape), dtype=np.float16),
+        target_ids=np.zeros(0, dtype=np.int64),
+        agreement={},
+    )
+
+
 def collect_features(
     reader: nn.Module, sources: Sequence[Any], progress: Progress
 ) -> npt.NDArray[np.float32]:

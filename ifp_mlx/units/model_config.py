@@ -11,6 +11,7 @@ from ifp_mlx.units.families import find_family
 from ifp_mlx.units.kinds import Family
 
 _MAX_SIZE = 2**31
+_SAVED_COUNT = "num_local_experts"
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 # Settings that are real numbers, also where they happen to be whole.
 _REAL = re.compile("theta|eps|scal|factor|cap|multiplier|drop|range|coef|freq|beta|alpha|std|limit")
@@ -66,7 +67,7 @@ class ModelConfig:
         if not isinstance(model_type, str):
             raise ConfigError(f"{where} has no model_type")
         family = find_family(model_type)
-        top = _normalised(content)
+        top = _with_count_of_experts(_normalised(content), family)
         content = _settings_of(top, family)
         names = {key: family.config_names.get(key, key) for key in _SIZES}
         for key in (*names.values(), *family.kind.config_fields):
@@ -139,6 +140,17 @@ def _normalised(content: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in content.items() if key not in {"auto_map", *unset}}
     whole: dict[str, Any] = _whole_numbers(kept)
     return whole
+
+
+def _with_count_of_experts(content: dict[str, Any], family: Family) -> dict[str, Any]:
+    """Return the content with the number of experts under the name that mlx-lm asks for.
+
+    transformers 5 saves Qwen 3's as ``num_local_experts``; published checkpoints have the other.
+    """
+    for key in family.kind.config_fields:
+        if key == "num_experts" and key not in content and _SAVED_COUNT in content:
+            content[key] = content.pop(_SAVED_COUNT)
+    return content
 
 
 def _whole_numbers(value: Any, key: str = "") -> Any:

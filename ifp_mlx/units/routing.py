@@ -63,6 +63,39 @@ def with_observed_experts(model: nn.Module, observe: Observe) -> nn.Module:
     return copy
 
 
+def with_watched_experts(model: nn.Module, watch: Callable[[int, mx.array], None]) -> nn.Module:
+    """Return a copy of ``model``, sharing its arrays, that tells where it sends tokens.
+
+    It computes what ``model`` does, and nothing more.
+
+    Args:
+        model: an mlx-lm mixture of a family in the table; it is not changed.
+        watch: called for each layer that is passed, with its position among those that have experts
+            and the (..., k) experts that each token is sent to. Lazy.
+    """
+    stacks = family_of(model).kind.parts[-1].path.rpartition(".")[0]
+    parent_path, _, name = stacks.rpartition(".")
+    copy: nn.Module = clone_module(model)
+    for position, layer in enumerate(unit_layers(copy).values()):
+        parent = module_at(layer, parent_path)
+        parent[name] = _WatchedStacks(parent[name], functools.partial(watch, position))
+    return copy
+
+
+class _WatchedStacks(nn.Module):
+    """Stacked experts that tell which are asked."""
+
+    def __init__(self, stacks: nn.Module, watch: Callable[[mx.array], None]):
+        super().__init__()
+        self.stacks = stacks
+        self._watch = watch
+
+    def __call__(self, x: mx.array, experts: mx.array, *rest: Any) -> mx.array:
+        self._watch(experts)
+        outputs: mx.array = self.stacks(x, experts, *rest)
+        return outputs
+
+
 class _ObservedBlock(nn.Module):
     """A block that holds experts and shows what they did."""
 

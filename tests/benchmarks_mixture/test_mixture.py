@@ -11,6 +11,7 @@ import pytest
 from evidence import Evidence, Examples
 from expert_products import choose_products, product_error, with_all_experts, with_zero_slots
 from measure_mixture import Measurement, losses, plan, slices_against_masks
+from summarise_mixture import DIFFERENCES, Results, compact, pass_name
 
 from ifp_mlx.evaluation.quality import HeldOutExample
 from ifp_mlx.selection.selectors import select_random
@@ -55,6 +56,26 @@ def test_every_pass_is_measured(
     assert set(report["passes"]["requests8@4/sliced/0"]) == set(DOMAINS[:2])
     assert set(report["drift"]["task64@4"]["math"]) == set(DOMAINS)
     assert evidence.routing_figures()["usage_entropy"]
+    assert_compact_says_the_same(
+        report | {"model": {"experts": 8}, "selecting_domains": evidence.domains}
+    )
+
+
+def assert_compact_says_the_same(report: dict[str, object]) -> None:
+    small = json.loads(json.dumps(compact(report)))
+    whole, left = Results(report), Results(small)
+    assert set(left.names) == set(whole.names)
+    for name in whole.names:
+        assert left.mean(name) == pytest.approx(whole.mean(name), rel=2e-3)
+    compared = 0
+    for _, one, other in DIFFERENCES:
+        for num_kept in whole.amounts:
+            names = [pass_name(row, num_kept) for row in (one, other) if row is not None]
+            if len(names) == 2:
+                gap = whole.difference(*names)
+                assert left.difference(*names) == pytest.approx(gap, abs=0.01)
+                compared += gap is not None
+    assert compared >= 5
 
 
 def test_a_run_out_of_time_says_what_it_left_out(

@@ -169,6 +169,7 @@ def ifp(
     """
     monkeypatch.setenv("IFP_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("IFP_NO_OPENBLAS", "1")  # loaded before mlx was; no advice without it
     monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments: str | Path, stdin: str | bytes | None = None) -> Outcome:

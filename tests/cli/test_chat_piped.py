@@ -194,7 +194,6 @@ def test_chat_bye_ends_before_the_next_line(ifp: Run, word_model: Path, words: s
         ("hello\n/copy code\n", "the last answer has no code block"),
         ("/save\n", "/save takes a name"),
         ("/save a/b\n", "cannot be a session's name"),
-        ("/load\n", "/load takes a name"),
         ("/load nothing\n", "there is no session 'nothing'"),
         ("/model nothing\n", "there is no model 'nothing'"),
         (b"caf\xe9\n", "not UTF-8 text (byte 3 of a line)"),
@@ -320,3 +319,17 @@ def test_chat_refused_change_leaves_all_as_it_was(ifp: Run, word_model: Path) ->
     refused = ifp("chat", "--model", word_model, "--session", "s", stdin=script)
     assert refused.code == 2
     assert "128 of 192" in ifp("chat", "--session", "s", stdin="/keep 0.7\n").stderr
+
+
+def test_chat_says_once_that_it_leaves_its_task(
+    ifp: Run, write_tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Experts drawn at random are no better than chance, whatever is said."""
+    mixture = write_tiny_checkpoint(tmp_path / "mixture", "olmoe")
+    chat = ("chat", "--model", mixture, "--selector", "random", "--task", "write", "-m", "4")
+    half = ifp(*chat, "--keep", "0.5", stdin="hello\nand more\nand again\n")
+    assert half.code == 0
+    assert half.stderr.count("this leaves the task: ") == 1
+    assert "/retask selects anew, then /retry" in half.stderr
+    whole = ifp(*chat, "--keep", "1", stdin="hello\n")
+    assert "this leaves the task" not in whole.stderr

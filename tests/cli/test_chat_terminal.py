@@ -36,6 +36,46 @@ def open_chat(tmp_path: Path) -> OpenTerminal:
     return open_it
 
 
+def test_lines_fit_80_columns_and_the_menu_has_the_terminals_own_colours(
+    open_chat: OpenTerminal, endless_model: Path
+) -> None:
+    arguments = ("--model", endless_model, "--task", "say words", "--keep-units", "64", "-m", "3")
+    with open_chat(*arguments, columns=80) as screen:
+        screen.wait_for_prompt()
+        screen.press("hello", "Enter")
+        screen.wait_for("tok/s")
+        assert all(len(line) <= 80 for line in screen.lines())
+        (line,) = [line for line in screen.lines() if "tok/s" in line]
+        assert line.startswith("3 tokens (cut at --max-tokens)")
+        assert "context" in line  # all of it on one line
+
+        screen.wait_for_prompt()
+        screen.press("/sa")
+        screen.wait_for("give this chat a name")
+        (number,) = [
+            number
+            for number, text in enumerate(screen.screen.display)
+            if "give this chat a name" in text
+        ]
+        row = screen.screen.buffer[number]
+        colours = {(row[column].fg, row[column].bg) for column in range(80)}
+        assert colours == {("default", "default")}
+
+
+def test_load_without_a_name_lists_the_chats(open_chat: OpenTerminal, endless_model: Path) -> None:
+    arguments = ("--model", endless_model, "--dense", "-m", "3")
+    with open_chat(*arguments, "--session", "first") as screen:
+        screen.wait_for_prompt()
+        screen.press("hello", "Enter")
+        screen.wait_for("tok/s")
+        screen.wait_for_prompt()
+        screen.press("/load", "Enter")
+        screen.wait_for("2 messages")
+        (line,) = [line for line in screen.lines() if "2 messages" in line]
+        assert line.startswith("first ")
+        assert line.endswith("hello")
+
+
 def without_space(text: str) -> str:
     return re.sub(r"\s+", "", text)
 

@@ -45,6 +45,28 @@ def test_a_command_line_loads_no_other_command() -> None:
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="mlx has a fast BLAS of its own there")
+def test_a_missing_openblas_is_one_line_that_says_how_to_get_it(
+    word_model: Path, tmp_path: Path
+) -> None:
+    program = (
+        "import ctypes.util\nctypes.util.find_library = lambda name: None\n"
+        "from ifp_mlx.cli.app import main; main()"
+    )
+    command = [sys.executable, "-c", program, "generate", "hi", "--model", str(word_model)]
+    environment = {**os.environ, "IFP_HOME": str(tmp_path)}
+    environment.pop("IFP_NO_OPENBLAS", None)
+    done = subprocess.run(
+        [*command, "-m", "2"], capture_output=True, text=True, env=environment, stdin=0
+    )
+    advice = [line for line in done.stderr.splitlines() if "OpenBLAS" in line]
+    assert advice == [
+        "mlx computes with reference BLAS here, about 60 times as slowly as with OpenBLAS: "
+        "install it, for example with apt install libopenblas0"
+    ]
+    assert done.stdout == "Alpha bravo\n"
+
+
 def test_version_is_the_package_version(ifp: Run) -> None:
     outcome = ifp("--version")
     assert (outcome.code, outcome.stdout) == (0, f"ifp {__version__}\n")

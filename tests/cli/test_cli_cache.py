@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from ifp_mlx.selection.selection import Selection
 from ifp_mlx.storage import weights
 from ifp_mlx.storage.arrays import load_arrays
 
@@ -30,6 +31,23 @@ def test_cache_list_tells_task_amount_selector_and_model(filled: Run) -> None:
     records = json.loads(filled("cache", "list", "--json").stdout)
     assert {record["task"] for record in records} >= {"write words", "write a word"}
     assert all(Path(record["path"]).is_file() for record in records)
+
+
+def test_cache_tells_what_a_task_takes_on_disk_and_in_memory(filled: Run) -> None:
+    outcome = filled("cache", "list")
+    assert "on disk" in outcome.stdout
+    assert "in memory" in outcome.stdout
+    assert "at 2.00 GB of weights the least recently used go" in outcome.stderr
+    record = json.loads(filled("cache", "show", "write words", "--json").stdout)
+    path = Path(record["path"])
+    (weights_file,) = {
+        file
+        for file in (path.parent / "weights").glob("*/*.safetensors")
+        if file.stem == Selection.load(path)[0].digest
+    }
+    assert record["disk_bytes"] == path.stat().st_size + weights_file.stat().st_size
+    arrays = load_arrays(weights_file)[0] | load_arrays(weights_file.with_stem("shared"))[0]
+    assert record["memory_bytes"] == sum(array.nbytes for array in arrays.values())
 
 
 def test_cache_list_of_an_empty_cache_says_how_to_fill_it(ifp: Run) -> None:

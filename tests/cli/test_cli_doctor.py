@@ -31,9 +31,12 @@ def test_doctor_tells_what_fits(ifp: Run, pulled: Path, monkeypatch: pytest.Monk
     assert "which fits" in ifp("doctor").stdout
     dense_bytes = model["dense_bytes"]
     monkeypatch.setattr("ifp_mlx.subnets.memory.usable_memory_bytes", lambda: dense_bytes - 1000)
-    assert "of 192 is the most that fits" in ifp("doctor").stdout
+    found = " ".join(ifp("doctor").stdout.split())
+    assert "192 FFN units, does not fit in" in found
+    assert "; 75 % " in found
+    assert "of 192 is the most that fits" in found
     monkeypatch.setattr("ifp_mlx.subnets.memory.usable_memory_bytes", lambda: 1000)
-    assert "not even 64 units fit" in ifp("doctor").stdout
+    assert "not even 64 FFN units fit" in ifp("doctor").stdout
 
 
 def test_doctor_names_a_damaged_model(ifp: Run, pulled: Path) -> None:

@@ -63,16 +63,42 @@ def test_generate_joins_prompt_and_piped_text(
 
     asked: list[str] = []
 
-    def reply(self: Conversation, messages: Any, sampling: object) -> Any:
+    def reply(self: Conversation, messages: Any, *_: object) -> Any:
         asked.extend(message["content"] for message in messages)
         yield "ok"
 
     monkeypatch.setattr(Conversation, "reply", reply)
-    ifp("generate", "explain", "--model", word_model, stdin="def f(): ...\n")
+    ifp("generate", "explain", "-", "--model", word_model, stdin="def f(): ...\n")
     ifp("generate", "-", "--model", word_model, stdin="only this\n")
     ifp("generate", "--model", word_model, stdin="piped alone\n")
     ifp("generate", "no pipe", "--model", word_model)
-    assert asked == ["explain\n\ndef f(): ...", "only this", "piped alone", "no pipe"]
+    ifp("generate", "no", "quotes", "--model", word_model)
+    assert asked == [
+        "explain\n\ndef f(): ...",
+        "only this",
+        "piped alone",
+        "no pipe",
+        "no quotes",
+    ]
+
+
+def test_generate_leaves_a_loop_its_standard_input(word_model: Path, tmp_path: Path) -> None:
+    read_end, write_end = os.pipe()
+    os.write(write_end, b"the next line of the loop\n")
+    os.close(write_end)
+    program = "from ifp_mlx.cli.app import main; main()"
+    command = [sys.executable, "-c", program, "generate", "hello", "--model", str(word_model)]
+    done = subprocess.run(
+        [*command, "-m", "3"],
+        stdin=read_end,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "IFP_HOME": str(tmp_path)},
+    )
+    assert done.returncode == 0
+    assert "a - after the prompt adds it" in done.stderr
+    assert os.read(read_end, 100) == b"the next line of the loop\n"
+    os.close(read_end)
 
 
 def test_generate_stats_name_every_measurement(ifp: Run, word_model: Path) -> None:

@@ -114,3 +114,20 @@ def test_train_refuses_a_folder_in_use(
     assert outcome.code == 2
     assert "is not empty" in outcome.stderr
     assert (tmp_path / "run" / "mine.txt").read_text() == "keep"
+
+
+@pytest.mark.parametrize("mask", ["ifp", "none"])
+def test_train_refuses_a_mixture_in_one_line(
+    ifp: Run, write_tiny_checkpoint: Callable[..., Path], data: Path, config: Path,
+    tmp_path: Path, mask: str,
+) -> None:  # fmt: skip
+    mixture = write_tiny_checkpoint(tmp_path / "mixture", "qwen3_moe")
+    outcome = ifp(
+        "train", "--config", config, "--model", mixture, "--data", data, "--mask", mask,
+        "-o", tmp_path / "run",
+    )  # fmt: skip
+    assert outcome.code == 1
+    (line,) = outcome.stderr.splitlines()
+    assert line.startswith("ifp: qwen3_moe models cannot be trained here: ")
+    assert "ifp fit" in line
+    assert not (tmp_path / "run").exists()

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.convert.mixtures import one_tensor_an_expert
+
 Factory = Callable[..., Path]
 KILLS = 4  # of each operation
 
@@ -32,11 +34,12 @@ from ifp_mlx.selection.selectors import select_random
 from ifp_mlx.slicing.compact import slice_model
 from ifp_mlx.slicing.unit_file import UNIT_FILE, unit_file_is_current, write_unit_file
 
-checkpoint, gguf, made, num_kills = *map(Path, sys.argv[1:4]), int(sys.argv[4])
+checkpoint, gguf, mixture, made = map(Path, sys.argv[1:5])
+num_kills = int(sys.argv[5])
 load_tokenizer(checkpoint)  # computes nothing, and imports what children would import
 SOURCES = {
     "convert": checkpoint, "convert gguf": gguf, "quantize": checkpoint, "export": checkpoint,
-    "prepare": checkpoint,
+    "prepare": checkpoint, "convert mixture": mixture, "export mixture": mixture,
 }
 
 
@@ -47,10 +50,11 @@ def work(force):
         quantize_checkpoint(
             source, target, make_quantization(bits=4, group_size=32), overwrite=force
         )
-    elif operation == "export":
+    elif operation.startswith("export"):
         model = load_model(source)[0]
-        selection = select_random(model, 64)
-        card = ModelCard(None, None, "x", "random", 64, 192, 3, "FFN units", 1, 2)
+        num_kept = 4 if source == mixture else 64
+        selection = select_random(model, num_kept)
+        card = ModelCard(None, None, "x", "random", num_kept, 192, 3, "units", 1, 2)
         compact = slice_model(model, selection)
         export_checkpoint(compact, selection, source, target, card, overwrite=force)
     else:
@@ -109,7 +113,9 @@ print(json.dumps(reports))
 def test_killed_work_leaves_nothing_or_everything(
     tiny_checkpoint: Factory, tiny_gguf: Factory, tmp_path: Path
 ) -> None:
-    arguments = [str(tiny_checkpoint()), str(tiny_gguf()), str(tmp_path / "made"), str(KILLS)]
+    mixture = one_tensor_an_expert(tiny_checkpoint("qwen3_moe", "mixture"))
+    sources = (tiny_checkpoint(), tiny_gguf(), mixture)
+    arguments = [*map(str, sources), str(tmp_path / "made"), str(KILLS)]
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, *arguments],
         capture_output=True, text=True, timeout=300, check=False,
@@ -117,7 +123,10 @@ def test_killed_work_leaves_nothing_or_everything(
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     reports = json.loads(result.stdout.splitlines()[-1])
-    assert reports.keys() == {"convert", "convert gguf", "quantize", "export", "prepare"}
+    assert reports.keys() == {
+        "convert", "convert gguf", "quantize", "export", "prepare", "convert mixture",
+        "export mixture",
+    }  # fmt: skip
     for operation, report in reports.items():
         killed, present, complete = zip(*report["states"], strict=True)
         assert any(killed), operation

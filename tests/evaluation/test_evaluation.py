@@ -23,7 +23,9 @@ from ifp_mlx.slicing.compact import slice_model
 from ifp_mlx.storage.tokenizer import load_tokenizer
 from ifp_mlx.subnets.selectors import SelectorFiles, make_selector
 from ifp_mlx.units.amounts import Amounts
+from ifp_mlx.units.families import FAMILIES
 from ifp_mlx.units.kinds import UnitShape
+from ifp_mlx.units.modules import unit_shape
 
 F = 192
 AMOUNTS = Amounts(192, 64, 64, "FFN units")
@@ -108,6 +110,43 @@ def test_compact_model_is_what_the_row_measures(subject: Subject) -> None:
     compact = subject.compact_model(row, masks, examples[0])
     assert compact.args.intermediate_size == 65
     assert measured.cross_entropy == pytest.approx(cross_entropy(compact, examples[0]), abs=EXACT)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])  # the latter has groups
+def test_rows_of_a_mixture_measure_its_slices(tiny_model: Model, family: str) -> None:
+    model = tiny_model(family)
+    subject = Subject(model, tokenizer=None)  # type: ignore[arg-type]
+    examples = make_examples()
+    rows = [Row("prompt", 4), Row("random", 4), Row("prompt", 4, control="fixed")]
+    results = measure_rows(subject, rows, by_domain(examples), with_reference=True)
+    masks = subject.masks(rows, examples)
+    for row, result in zip(rows, results, strict=True):
+        chosen = masks[row]
+        assert chosen is not None
+        losses: dict[str, list[float]] = {}
+        for example in examples:
+            compact = subject.compact_model(row, chosen, example)
+            assert unit_shape(compact).num_units == 4
+            scored = len(example.token_ids) - example.num_prompt_tokens
+            losses.setdefault(example.domain, []).extend([cross_entropy(compact, example)] * scored)
+        for domain, expected in losses.items():
+            quality = result.qualities[domain]
+            assert quality.num_tokens == len(expected)
+            assert quality.num_examples == 2
+            assert quality.cross_entropy == pytest.approx(np.mean(expected), abs=EXACT)
+            assert quality.kl is not None
+            assert quality.kl > 0.001
+    prompt, random, _ = results
+    assert prompt.qualities != random.qualities
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_losses_are_of_the_models_own_logits(tiny_model: Model, family: str) -> None:
+    """Some families scale or cap their logits, and not all say where their head is."""
+    model = tiny_model(family)
+    for example in make_examples(2):
+        found = evaluate(model, [example], lambda batch: None)[example.domain].cross_entropy
+        assert found == pytest.approx(cross_entropy(model, example), abs=EXACT)
 
 
 def test_dense_row_is_the_models_own_call(subject: Subject) -> None:

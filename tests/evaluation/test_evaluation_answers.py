@@ -40,16 +40,13 @@ class ScriptedModel(nn.Module):
         for token, logits in next_logits.items():
             for following, logit in logits.items():
                 table[token, following] = logit
-        self._table = mx.array(table)
-        self.model = ScriptedTrunk(self._table)
-        self.args = SimpleNamespace(tie_word_embeddings=False, model_type="llama")
+        self.model = ScriptedTrunk(mx.array(table))
+        self.args = SimpleNamespace(model_type="llama")
         self.layers: list[nn.Module] = []
 
-    def lm_head(self, hidden: mx.array) -> mx.array:
-        return hidden
-
     def __call__(self, ids: mx.array, cache: object = None, **_: object) -> mx.array:
-        return self._table[ids]
+        logits: mx.array = self.model(ids)
+        return logits
 
 
 def question(choices: list[tuple[int, ...]], answer: int, prompt: int = 1) -> Question:

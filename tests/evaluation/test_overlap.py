@@ -162,6 +162,37 @@ def test_overlap_command_prints_json(
     assert mx.array(report["mean"]["matrix"]).shape == (2, 2)
 
 
+def test_eval_measures_overlap_as_the_former_command_did(
+    tiny_checkpoint: Callable[..., Path], texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--data", str(texts), "--model", str(tiny_checkpoint()), "--selector", "prompt"]
+    assert run(["overlap", *common, "--keep-units", "64", "--json"]) == 0
+    former = json.loads(capsys.readouterr().out)
+    assert run(["eval", "--overlap", *common, "--keep", "64", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == former
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--overlap", "--selector", "prompt", "--keep", "64", "--keep", "128"], "one --keep"),
+        (["--overlap", "--kl"], "pass --data alone"),
+        (["--heat-maps", "x"], "add --overlap"),
+    ],
+)
+def test_eval_refuses_overlaps_that_cannot_be(
+    tiny_checkpoint: Callable[..., Path],
+    texts: Path,
+    capsys: pytest.CaptureFixture[str],
+    extra: list[str],
+    message: str,
+) -> None:
+    assert run(["eval", "--data", str(texts), "--model", str(tiny_checkpoint()), *extra]) == 2
+    captured = capsys.readouterr()
+    assert message in " ".join(captured.err.split())
+    assert not captured.out
+
+
 def test_overlap_command_prints_a_line_a_layer(
     tiny_checkpoint: Callable[..., Path], texts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

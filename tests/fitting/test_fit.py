@@ -1,6 +1,5 @@
 """Measuring a task's candidates on a tiny model."""
 
-import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -10,16 +9,26 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from ifp_mlx.assistant import Assistant
+from ifp_mlx.chat.sampling import SamplingOptions
+from ifp_mlx.convert.quantize import make_quantization, quantize_model
 from ifp_mlx.errors import DataError
 from ifp_mlx.fitting.candidates import Candidate
-from ifp_mlx.fitting.fidelity import Reference, answer_logits, measure_fidelity
+from ifp_mlx.fitting.fidelity import (
+    TOP_TOKENS,
+    Comparison,
+    Fidelity,
+    Reference,
+    answer_logits,
+)
 from ifp_mlx.fitting.judge import CommandJudge
 from ifp_mlx.fitting.measure import Fit, Halves
 from ifp_mlx.fitting.results import FitRecord, Measured
 from ifp_mlx.selection.selectors import select_random
 from ifp_mlx.slicing.compact import CutOptions, slice_model
+from ifp_mlx.storage.weights import load_model
 from ifp_mlx.text.task_examples import TaskExample, read_task_examples
 
 CheckpointFactory = Callable[..., Path]
@@ -43,34 +52,45 @@ def test_logits_of_an_answer_are_those_of_one_pass(tiny_model: ModelFactory) -> 
 
 def test_a_model_is_faithful_to_itself(tiny_model: ModelFactory) -> None:
     model = tiny_model("llama")
-    reference = Reference.of(model, PROMPT, ANSWER)
-    found = measure_fidelity(model, [reference])
-    assert (found.agreement, found.sure_flips, found.same_tokens) == (1.0, 0.0, 6.0)
+    found = Comparison.of(model, Reference.of(model, PROMPT, ANSWER))
+    assert found.changed == pytest.approx([0] * 6, abs=1e-6)
+    assert found.same_tokens == 6
 
 
-def test_flips_count_where_the_whole_model_was_sure(tiny_model: ModelFactory) -> None:
+def test_changed_is_the_total_variation_between_next_tokens(tiny_model: ModelFactory) -> None:
     model = tiny_model("llama")
     part = slice_model(model, select_random(model, 64))
-    reference = Reference.of(model, PROMPT, ANSWER)
-    sure = np.array([True, False, True, True, False, True])
-    reference = dataclasses.replace(reference, is_sure=mx.array(sure))
-    same = np.array(answer_logits(part, PROMPT, ANSWER).argmax(-1) == reference.best)
-    found = measure_fidelity(part, [reference])
-    assert found.agreement == pytest.approx(same.mean())
-    assert found.sure_flips == pytest.approx(100 * (~same[sure]).mean())
+    found = Comparison.of(part, Reference.of(model, PROMPT, ANSWER))
+    ours = np.array(mx.softmax(answer_logits(part, PROMPT, ANSWER), axis=-1), np.float64)
+    whole = np.array(mx.softmax(answer_logits(model, PROMPT, ANSWER), axis=-1), np.float64)
+    variation = np.abs(ours - whole).sum(axis=-1) / 2
+    assert len(whole[0]) > TOP_TOKENS  # the rest counts as one token, which can only hide something
+    assert np.all(np.array(found.changed) <= variation + 1e-6)
+    assert np.array(found.changed) == pytest.approx(variation, rel=0.5)
+    same = ours.argmax(-1) == whole.argmax(-1)
     assert found.same_tokens == (np.flatnonzero(~same)[0] if not same.all() else 6)
+
+
+def test_figures_are_of_all_tokens_and_of_the_median_answer() -> None:
+    answers = [Comparison((0.1, 0.3), 0), Comparison((0.2,), 1), Comparison((0.0, 0.0, 0.0), 3)]
+    assert Fidelity.of(answers).changed == pytest.approx(10.0)
+    assert Fidelity.of(answers).same_tokens == 1
 
 
 @pytest.mark.parametrize("family", ["llama", "olmoe"])
 def test_every_candidate_is_measured_once(
-    tiny_checkpoint: CheckpointFactory, tmp_path: Path, family: str
+    tiny_checkpoint: CheckpointFactory,
+    tmp_path: Path,
+    family: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("ifp_mlx.fitting.measure.LOST_CHANGED", 100.0)  # a random model loses much
     sizes = {"intermediate_size": 640} if family == "llama" else {"num_experts": 16}
     path = tiny_checkpoint(family, hidden_size=64, **sizes)
     rows = {row.candidate: row for row in fit(path, tmp_path / "fits")}
     amount = 640 if family == "llama" else 16
     whole = rows[Candidate(amount)]
-    assert whole.fidelity.sure_flips == 0
+    assert whole.fidelity.changed == pytest.approx(0, abs=1e-4)
     assert whole.tokens_per_s
     assert rows[Candidate(amount, 4)].disk_bytes < rows[Candidate(amount, 8)].disk_bytes
     assert rows[Candidate(amount, 8)].disk_bytes < whole.disk_bytes
@@ -85,6 +105,19 @@ def test_every_candidate_is_measured_once(
     assert stored.read_bytes() == before
 
 
+def test_widths_are_those_of_the_files_wherever_layers_are_unpacked(
+    tiny_checkpoint: CheckpointFactory, tmp_path: Path
+) -> None:
+    path = tiny_checkpoint(hidden_size=64, intermediate_size=640)
+    model, config = load_model(path)
+    settings, _ = quantize_model(model, config, make_quantization(bits=4))
+    (path / "config.json").write_text(json.dumps(settings))
+    mx.save_safetensors(str(path / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    assistant = Assistant.load(path, options=CutOptions(context_tokens=64))
+    run = Fit(assistant, "say words", Halves.of(EXAMPLES, 2), FitRecord(tmp_path, {}))
+    assert {candidate.bits for candidate in run.candidates()} == {None, 3}
+
+
 def test_the_check_sees_every_answer(tiny_checkpoint: CheckpointFactory, tmp_path: Path) -> None:
     log = tmp_path / "log"
     code = f"import sys; open({str(log)!r}, chr(97)).write(sys.stdin.read() + chr(10))"
@@ -96,6 +129,29 @@ def test_the_check_sees_every_answer(tiny_checkpoint: CheckpointFactory, tmp_pat
         ("say two", "two"),
         ("say four", "four"),
     }
+
+
+def test_answers_that_go_on_from_the_whole_models_are_the_candidates_own(
+    tiny_checkpoint: CheckpointFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ifp_mlx.fitting.measure.LOST_CHANGED", 100.0)
+    path, log = tiny_checkpoint(intermediate_size=640), tmp_path / "log"
+    code = f"import sys; open({str(log)!r}, chr(97)).write(sys.stdin.read() + chr(10))"
+    rows = fit(path, tmp_path / "fits", CommandJudge(f'{sys.executable} -c "{code}"'))
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    answers = {row.candidate: lines[2 * index : 2 * index + 2] for index, row in enumerate(rows)}
+    assistant = Assistant.load(path, options=CutOptions(context_tokens=64))
+    for candidate, found in answers.items():
+        if candidate.bits is not None or candidate.only_reads:
+            continue
+        kept = candidate.num_kept_units
+        subnet = assistant.subnetwork_for_task("say words", kept, EXAMPLES[0::2])
+        for request in found:
+            messages = [{"role": "user", "content": request["prompt"]}]
+            conversation = assistant.converse(subnet)
+            whole = "".join(conversation.reply(messages, SamplingOptions(max_new_tokens=6)))
+            assert request["answer"]
+            assert whole.startswith(request["answer"])  # at most the last token is cut off
 
 
 def test_halves_share_no_prompt() -> None:
@@ -120,7 +176,7 @@ def test_a_model_that_does_not_fit_needs_answers(
         Fit(assistant, "say words", halves, record)
     run = Fit(assistant, "say words", Halves.of(EXAMPLES, 2), record, max_tokens=6)
     rows = {row.candidate: row for row in run.run()}
-    assert rows[Candidate(192)].fidelity.sure_flips == 0
+    assert rows[Candidate(192)].fidelity.changed == 0
     assert all(candidate.bits is None for candidate in rows if candidate.num_kept_units == 192)
 
 

@@ -13,9 +13,9 @@ AMOUNTS = Amounts(F, 64, 64, "FFN units")
 
 
 def row(
-    kept: int, memory: int, flips: float, bits: int | None = None, right: int | None = None
+    kept: int, memory: int, changed: float, bits: int | None = None, right: int | None = None
 ) -> Measured:
-    fidelity = Fidelity(0.9, flips, 12.0)
+    fidelity = Fidelity(changed, 12.0)
     checked = 0 if right is None else 10
     return Measured(
         Candidate(kept, bits), memory, memory, fidelity, num_right=right, num_checked=checked
@@ -23,14 +23,14 @@ def row(
 
 
 def test_smallest_that_keeps_up_is_recommended() -> None:
-    rows = [row(F, 100, 0.0), row(1408, 90, 0.4), row(1024, 70, 6.0), row(F, 60, 1.9, bits=8)]
+    rows = [row(F, 100, 0.0), row(1408, 90, 0.4), row(1024, 70, 6.0), row(F, 60, 1.1, bits=8)]
     assert recommend(rows) is rows[3]
     assert recommend(rows[:3]) is rows[1]
     assert recommend(rows[:1]) is rows[0]
 
 
 def test_with_a_budget_the_most_faithful_that_fits_is_recommended() -> None:
-    rows = [row(F, 100, 0.0), row(1408, 90, 0.4), row(F, 60, 1.9, bits=8)]
+    rows = [row(F, 100, 0.0), row(1408, 90, 0.4), row(F, 60, 1.1, bits=8)]
     assert recommend(rows, 95) is rows[1]
     assert recommend(rows, 70) is rows[2]
     assert recommend(rows, 50) is None

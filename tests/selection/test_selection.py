@@ -134,6 +134,24 @@ def test_selection_survives_the_disk(tmp_path: Path) -> None:
     assert metadata["a"] == "b"
 
 
+def test_what_scores_were_is_kept_as_ranks(tmp_path: Path) -> None:
+    prior = Calibration(mx.array([[0.1, 9.0, -3.0, 2.0]]), {}, 1)
+    spec, shape = SelectorSpec("static"), UnitShape((0,), 4)
+    named = NamedSelector(StaticSelector(prior), spec, "ffn", shape)
+    select(named, (), 2).save(tmp_path / "s.safetensors")
+    pick = Selection.load(tmp_path / "s.safetensors")[0].pick
+    assert pick.indices.tolist() == [[1, 3]]
+    assert pick.ranks is not None
+    assert pick.ranks.tolist() == [[64, 192, 0, 128]]
+
+
+def test_ranks_that_do_not_fit_are_refused() -> None:
+    for wrong in (mx.zeros((1, 5), dtype=mx.uint8), mx.zeros((1, 4))):
+        pick = Pick("ffn", (0,), mx.array([[1]], dtype=mx.int32), 4, wrong)
+        with pytest.raises(SelectionError, match="ranks of units"):
+            pick.validate()
+
+
 def test_selection_files_of_version_1_are_read(tmp_path: Path) -> None:
     indices = mx.array([[1, 4], [0, 3]], dtype=mx.int32)
     header = {"num_units": "24", "selector": "static:math"}

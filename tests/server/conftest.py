@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ifp_mlx.server.access import Access
 from ifp_mlx.server.catalog import ModelCatalog
 from ifp_mlx.server.engine import Engine
 from ifp_mlx.server.http import Limits, Server
+from ifp_mlx.server.page_files import page_files
 from ifp_mlx.server.request_log import RequestLog
 from ifp_mlx.server.requests import RequestDefaults
 from ifp_mlx.server.subnet_provider import EngineOptions
@@ -84,18 +85,25 @@ def serve() -> Callable[..., contextlib.AbstractContextManager[Running]]:
 
     @contextlib.contextmanager
     def run(
-        engine: Any, limits: Limits = DEFAULT_LIMITS, access: Access = OPEN, **catalog: Any
+        engine: Any,
+        limits: Limits = DEFAULT_LIMITS,
+        access: Access = OPEN,
+        *,
+        base_name: str = "tiny",
+        tasks: Mapping[str, str] = TASKS,
+        **catalog: Any,
     ) -> Iterator[Running]:
         log: list[str] = []
         server = Server(
             "127.0.0.1",
             0,
             engine=engine,
-            catalog=ModelCatalog("tiny", TASKS, **catalog),
+            catalog=ModelCatalog(base_name, tasks, **catalog),
             defaults=RequestDefaults(max_tokens=16, temperature=0.0),
             limits=limits,
             access=access,
             log=RequestLog(log.append),
+            files=page_files(),
         )
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()

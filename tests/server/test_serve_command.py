@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,20 @@ def test_tasks_are_given_by_name() -> None:
         parse_tasks(["help me"])
     with pytest.raises(UsageError, match="given twice"):
         parse_tasks(["a=1", "a=2"])
+
+
+@pytest.mark.slow
+def test_open_shows_the_page_in_a_browser(
+    start: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    browser, opened = tmp_path / "browser", tmp_path / "opened"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {opened}.part && mv {opened}.part {opened}\n')
+    browser.chmod(0o755)
+    monkeypatch.setenv("BROWSER", f"{browser} %s")
+    _, url = start("--open")
+    deadline = time.monotonic() + 20
+    while not opened.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert opened.read_text().strip() == url.removesuffix("v1")
+    with urllib.request.urlopen(opened.read_text().strip()) as page:
+        assert b"<title>" in page.read()

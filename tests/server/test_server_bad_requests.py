@@ -194,7 +194,7 @@ def test_unknown_models(guarded: Running, model: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/embeddings", "/v1/chat", "//evil", "/v1/modelsx"]
+    "path", ["/page", "/v1", "/v1/embeddings", "/v1/chat", "//evil", "/v1/modelsx"]
 )
 def test_unknown_routes(guarded: Running, path: str) -> None:
     check_error(post(guarded, path, CHAT_BODY), 404, "no route")

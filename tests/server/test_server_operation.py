@@ -131,6 +131,7 @@ def test_metrics_count(engine: Engine, serve: Serve) -> None:
 
 def test_files_are_served_as_they_are(engine: Engine, serve: Serve) -> None:
     with serve(engine, access=Access("sesame")) as running:
+        running.server.files = {}
         assert get(running, "/")[0] == 404
         page = StaticFile("text/html; charset=utf-8", b"<p>hi", {"Cache-Control": "no-cache"})
         running.server.files = {"/": page}

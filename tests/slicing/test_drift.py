@@ -9,7 +9,7 @@ import pytest
 
 from ifp_mlx.selection.selectors import select_random
 from ifp_mlx.slicing.compact import slice_model
-from ifp_mlx.slicing.drift import with_drift
+from ifp_mlx.slicing.drift import leaves_task, with_drift
 from ifp_mlx.units.families import FAMILIES
 
 ModelFactory = Callable[..., nn.Module]
@@ -56,3 +56,9 @@ def test_share_is_the_weight_of_missing_experts(tiny_model: ModelFactory) -> Non
         weights = np.exp(row[best]) / np.exp(row[best]).sum()
         expected += sum(w for e, w in zip(best, weights, strict=True) if int(e) not in kept)
     assert drift.share() == pytest.approx(expected / len(logits), abs=1e-5)
+
+
+def test_what_is_hardly_better_than_chance_leaves_the_task() -> None:
+    assert not leaves_task(0.37, 64, 128)
+    assert leaves_task(0.38, 64, 128)
+    assert leaves_task(0.19, 96, 128)  # fewer are missing, so less may be

@@ -9,12 +9,8 @@ import pytest
 
 from ifp_mlx.selection.selectors import select_random
 from ifp_mlx.slicing import kernel_check
-from ifp_mlx.slicing.compact import (
-    REQUANTIZED_BITS,
-    CutOptions,
-    RequantizationError,
-    slice_model,
-)
+from ifp_mlx.slicing.compact import CutOptions, slice_model
+from ifp_mlx.slicing.repacking import MOST_BITS, RequantizationError
 from ifp_mlx.units.masks import set_unit_masks, with_unit_masks
 
 ModelFactory = Callable[..., nn.Module]
@@ -49,7 +45,7 @@ def test_scaled_rotary_embeddings_do_not_widen_the_computation(tiny_model: Model
     model.set_dtype(mx.bfloat16)
     compact = slice_model(quantized(model, "affine", 4), select_random(model, 64))
     down = compact.layers[0].mlp.down_proj
-    assert down.bits == REQUANTIZED_BITS
+    assert down.bits == MOST_BITS
     assert down.scales.dtype == mx.bfloat16
     assert compact(TOKENS).dtype == mx.bfloat16
 
@@ -100,7 +96,7 @@ def test_requantized_down_has_the_error_that_is_told(
         )
         columns = np.array(weight.astype(mx.float32))[:, np.array(selection.pick.indices[layer])]
         cut = compact.layers[layer].mlp.down_proj
-        assert cut.bits == REQUANTIZED_BITS
+        assert cut.bits == MOST_BITS
         actual = mx.dequantize(cut.weight, cut.scales, cut.biases, group_size=32, bits=cut.bits)
         squares += ((np.array(actual) - columns) ** 2).sum(), (columns**2).sum()
     recomputed = np.sqrt(squares[0] / squares[1])

@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 
 from ifp_mlx.errors import ResourceError, UsageError
-from ifp_mlx.storage.files import atomic_path, staged_directory, write_bytes_atomically
+from ifp_mlx.storage.files import (
+    FilesInUse,
+    atomic_path,
+    is_in_use,
+    staged_directory,
+    write_bytes_atomically,
+)
 from ifp_mlx.storage.weights import load_model
 
 CONVERT = """
@@ -85,3 +91,29 @@ def test_folders_that_cannot_be_made_are_one_line(tmp_path: Path) -> None:
         staged_directory(path),
     ):
         pass
+
+
+def test_a_file_in_use_is_seen_by_other_processes(tmp_path: Path) -> None:
+    path = tmp_path / "task"
+    path.write_text("")
+    code = (
+        "import sys; from pathlib import Path; from ifp_mlx.storage.files import FilesInUse\n"
+        "files = FilesInUse(); files.hold(Path(sys.argv[1])); print(flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline()
+        assert is_in_use(path)
+        process.kill()
+    assert not is_in_use(path)
+    FilesInUse().hold(tmp_path / "none")  # passed over
+
+
+def test_a_process_remembers_the_latest_files_it_uses(tmp_path: Path) -> None:
+    files, paths = FilesInUse(), [tmp_path / str(number) for number in range(9)]
+    for path in paths:
+        path.write_text("")
+        files.hold(path)
+    assert [is_in_use(path) for path in paths] == [False] + [True] * 8

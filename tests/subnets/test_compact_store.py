@@ -19,6 +19,7 @@ from ifp_mlx.selection.spec import SelectorSpec
 from ifp_mlx.slicing.compact import CutOptions
 from ifp_mlx.storage import weights
 from ifp_mlx.storage.arrays import load_arrays
+from ifp_mlx.storage.files import FilesInUse
 from ifp_mlx.storage.weights import load_model
 from ifp_mlx.subnets import compact_store, dense_model
 from ifp_mlx.subnets.selectors import SELECTORS, SelectorFiles, selector_version
@@ -243,8 +244,13 @@ def test_the_least_recently_used_leave_when_the_budget_is_full(tmp_path: Path) -
     compact_store.prune(tmp_path, 400)
     assert not (tmp_path / "a" / "old.safetensors").exists()
     assert compact_store.stored_bytes(tmp_path) == 400
-    compact_store.prune(tmp_path, 250, keep=tmp_path / "b" / "only.safetensors")
-    assert [p.parent.name for p in tmp_path.glob("*/*")] == ["b", "b"]  # the lone shared file, too
+    in_use = FilesInUse()
+    in_use.hold(tmp_path / "a" / "new.safetensors")
+    compact_store.prune(tmp_path, 50, spare_used=True)
+    assert [p.parent.name for p in tmp_path.glob("*/*")] == ["a", "a"]  # the lone shared file, too
+    del in_use
+    compact_store.prune(tmp_path, 50, spare_used=True)
+    assert not list(tmp_path.glob("*/*"))
 
 
 def test_removing_a_task_removes_its_weights(

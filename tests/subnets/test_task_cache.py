@@ -48,17 +48,17 @@ def test_stored_selection_comes_back(tmp_path: Path) -> None:
     assert reuse is None
 
 
-def test_requantization_error_is_kept_with_the_entry(tmp_path: Path) -> None:
+def test_what_cutting_showed_is_kept_with_the_entry(tmp_path: Path) -> None:
     cache = TaskCache(tmp_path)
     stored = cache.put(make_key(), make_selection(), "tiny")
     assert stored.requantization_error is None
     for error in (0.0041, 0.0):  # as it is loaded, then exactly
-        cache.note_requantization_error(make_key(), error)
+        cache.note_cut(make_key(), error, 1234)
         (entry,) = cache.entries()
-        assert entry.requantization_error == error
+        assert (entry.requantization_error, entry.memory_bytes) == (error, 1234)
         assert (entry.model_name, entry.created_s) == ("tiny", stored.created_s)
         assert mx.array_equal(entry.load().pick.indices, make_selection().pick.indices)
-    cache.note_requantization_error(make_key("write Rust"), 0.1)
+    cache.note_cut(make_key("write Rust"), 0.1, 1)
     assert len(cache.entries()) == 1
 
 
@@ -140,10 +140,20 @@ def test_least_recently_used_entries_go_first(tmp_path: Path) -> None:
 
 
 def test_byte_budget_is_kept_but_the_newest_entry_stays(tmp_path: Path) -> None:
-    cache = TaskCache(tmp_path, max_bytes=1)
-    cache.put(make_key("first"), make_selection(), "tiny")
-    cache.put(make_key("second"), make_selection(), "tiny")
-    assert [entry.key.task for entry in cache.entries()] == ["second"]
+    for task in ("first", "second"):
+        TaskCache(tmp_path, max_bytes=1).put(make_key(task), make_selection(), "tiny")
+    assert [entry.key.task for entry in TaskCache(tmp_path).entries()] == ["second"]
+
+
+def test_a_task_in_use_stays_whatever_the_budget_says(tmp_path: Path) -> None:
+    TaskCache(tmp_path).put(make_key("used"), make_selection(), "tiny")
+    using = TaskCache(tmp_path)
+    assert using.get(make_key("used"))
+    for task in ("second", "third"):
+        TaskCache(tmp_path, max_bytes=1).put(make_key(task), make_selection(), "tiny")
+    assert {entry.key.task for entry in using.entries()} == {"used", "third"}
+    using.prune(0)  # asked for by name
+    assert using.entries() == []
 
 
 def test_find_takes_a_task_or_the_start_of_a_key(tmp_path: Path) -> None:

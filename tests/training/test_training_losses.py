@@ -56,7 +56,7 @@ def test_loss_in_chunks_is_the_loss_at_once(
     model.model.layers[0].unfreeze()
 
     def loss_and_gradient(chunk: int) -> tuple[mx.array, dict[str, mx.array]]:
-        monkeypatch.setattr(losses, "_CHUNK_POSITIONS", chunk)
+        monkeypatch.setattr(losses, "CHUNK_POSITIONS", chunk)
         function = nn.value_and_grad(
             model, lambda: losses.training_loss(model, batch, teacher, DistillationConfig(0.7))
         )

@@ -10,7 +10,7 @@ import pytest
 
 from ifp_mlx.units.families import FAMILIES
 from ifp_mlx.units.modules import unit_shape
-from ifp_mlx.units.routing import Routing, with_observed_experts
+from ifp_mlx.units.routing import Routing, with_observed_experts, with_watched_experts
 
 ModelFactory = Callable[..., nn.Module]
 Array = np.ndarray[Any, Any]
@@ -95,3 +95,16 @@ def test_watching_changes_nothing(tiny_model: ModelFactory, family: str) -> None
         assert routing.experts.shape == routing.gates.shape == routing.norms.shape == (1, 8, 2)
         assert (routing.gates > 0).all().item()
         assert (routing.experts < shape.num_units).all().item()
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_where_tokens_go_is_told_without_more_work(tiny_model: ModelFactory, family: str) -> None:
+    model = tiny_model(family)
+    routings: list[Routing] = []
+    with_observed_experts(model, lambda _, routing: routings.append(routing))(TOKENS)
+    told: dict[int, mx.array] = {}
+    watched = with_watched_experts(model, told.__setitem__)
+    assert mx.array_equal(watched(TOKENS), model(TOKENS))
+    assert list(told) == list(range(len(routings)))
+    for position, routing in enumerate(routings):
+        assert mx.array_equal(told[position].reshape(routing.experts.shape), routing.experts)

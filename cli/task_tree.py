@@ -1,4 +1,4 @@
-"""``ifp tasks``: which cached tasks are of a kind."""
+"""``ifp cache list --tree``: which cached tasks are of a kind."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ifp_mlx.selection.selection import Selection
     from ifp_mlx.selection.task_tree import Overlaps, TaskGroup
     from ifp_mlx.subnets.task_cache import CacheEntry, CacheKey
+
+DEFAULT_THRESHOLD = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,21 +44,28 @@ class _TaskTree:
         return self.entries[member].key.task
 
 
+Threshold = Annotated[
+    float,
+    typer.Option(
+        "--threshold",
+        metavar="OVERLAP",
+        min=0.0,
+        max=1.0,
+        help="With --tree: tasks are of one family if their sub-networks have at least this share "
+        "of their units in common.",
+    ),
+]
+Picture = Annotated[
+    Path | None,
+    typer.Option(
+        "--png", metavar="FILE", help="With --tree: also draw it, as a PNG (needs matplotlib)."
+    ),
+]
+
+
 def tasks(
-    threshold: Annotated[
-        float,
-        typer.Option(
-            "--threshold",
-            metavar="OVERLAP",
-            min=0.0,
-            max=1.0,
-            help="Tasks are of one family if their sub-networks overlap by at least this much.",
-        ),
-    ] = 0.9,
-    png: Annotated[
-        Path | None,
-        typer.Option("--png", metavar="FILE", help="Also draw the trees (needs matplotlib)."),
-    ] = None,
+    threshold: Threshold = DEFAULT_THRESHOLD,
+    png: Picture = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Show which cached tasks are of a kind.

@@ -1,0 +1,1 @@
+"""What a sub-network looks like: its units layer by layer, drawn as SVG."""
