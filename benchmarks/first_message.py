@@ -4,9 +4,11 @@
 
 Each prompt is answered by the whole model and as without a task, where the cost of selecting
 decides; one of each length also by the part that it selects for itself, whatever that costs. They
-take turns in one process, the model loaded once; an answer's time runs from the decision to the
-last token. Ratios are medians over pairs of neighbours, of wall time and of the process's CPU time,
-which other work on the machine touches less. The last line is one JSON object.
+take turns in one process, the model loaded once, short prompts more often; an answer's time runs
+from the decision to the last token. Ratios are medians over pairs of neighbours, of wall time and
+of the process's CPU time, which other work on the machine touches less. Where nothing is selected
+the two do the same work but for deciding, whose CPU time is measured too. The last line is one JSON
+object.
 """
 
 import argparse
@@ -65,9 +67,13 @@ def main() -> None:
         "always selected": lambda text: assistant.subnetwork_for_prompt(text, kept),
     }
 
+    decisions_s: list[float] = []
+
     def timed(way: str, text: str) -> tuple[float, float, bool]:
         start, cpu = time.perf_counter(), time.process_time()
         subnet = ways[way](text)
+        if way == "no task":
+            decisions_s.append(time.process_time() - cpu)
         for _ in assistant.converse(subnet).reply([{"role": "user", "content": text}], sampling):
             pass
         passed = time.perf_counter() - start, time.process_time() - cpu
@@ -79,10 +85,11 @@ def main() -> None:
     for length in args.lengths:
         pairs: dict[str, list[tuple[float, float]]] = {way: [] for way in ways if way != "dense"}
         num_selected, dense_s = 0, []
-        for number in range(args.rounds):
+        decisions_s.clear()
+        for number in range(args.rounds * max(1, min(4, 300 // length))):
             for position, text in enumerate(prompts(assistant, length)):
                 for way, ratios in pairs.items():
-                    if position and way == "always selected":
+                    if (position or number) and way == "always selected":
                         continue
                     order = ("dense", way) if (number + position) % 2 else (way, "dense")
                     measured = {name: timed(name, text) for name in order}
@@ -90,23 +97,30 @@ def main() -> None:
                     ratios.append((other[0] / dense[0], other[1] / dense[1]))
                     dense_s.append(dense[0])
                     num_selected += way == "no task" and other[2]
-        record = {"tokens": length, "dense_s": statistics.median(dense_s)}
+        record = {
+            "tokens": length,
+            "dense_s": statistics.median(dense_s),
+            "decision_cpu_s": statistics.median(decisions_s),
+        }
         for way, ratios in pairs.items():
             name = way.replace(" ", "_")
             record[f"{name}_ratio"] = statistics.median(wall for wall, _ in ratios)
             record[f"{name}_cpu_ratio"] = statistics.median(cpu for _, cpu in ratios)
+        record["num_pairs"] = len(pairs["no task"])
         record["num_selected"] = num_selected
         classes.append(record)
         rows.append([
             str(length),
+            str(record["num_pairs"]),
             f"{record['dense_s']:.2f} s",
+            f"{record['decision_cpu_s'] * 1000:.1f} ms",
             f"{record['no_task_ratio']:.3f}",
             f"{record['no_task_cpu_ratio']:.3f}",
             f"{record['always_selected_ratio']:.3f}",
             f"{record['always_selected_cpu_ratio']:.3f}",
         ])  # fmt: skip
         print(rows[-1], flush=True)
-    headers = ["tokens", "--dense", "no task", "CPU", "always selected", "CPU"]
+    headers = ["tokens", "pairs", "--dense", "deciding", "no task", "CPU", "always selected", "CPU"]
     print(markdown_table(headers, rows))
     document = {
         "model": args.model,

@@ -99,7 +99,8 @@ def main() -> None:
         timed([*ifp, "export", *ours, *plain, "-o", exported], environment)
         together = [*ifp, "generate", *ours, "-m", limit, "--lines", str(lines)]
         batch = [sys.executable, "-c", _BATCH, exported, str(lines), limit]
-        rounds, loop = [], []
+        rounds: list[tuple[tuple[float, float, str], tuple[float, float, str]]] = []
+        loop: list[tuple[float, float, str]] = []
         for number in range(args.rounds):
             rounds.append((timed(together, environment), timed(batch, environment)))
             while len(loop) * args.rounds < args.processes * (number + 1):

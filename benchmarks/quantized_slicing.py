@@ -3,7 +3,7 @@
     python benchmarks/quantized_slicing.py CHECKPOINT [--keep-units 1024] [--random 3]
 
 For a Llama checkpoint in float32. Each quantization is what ``ifp quantize`` writes, with the unit
-file of ``ifp prepare``; the units are those that a prompt selects, then random ones. Columns that
+file of ``--unit-major``; the units are those that a prompt selects, then random ones. Columns that
 are read through the unit file must be those of the checkpoint bit for bit. All differences are
 relative Frobenius norms, computed in float32 unless said otherwise:
 

@@ -63,8 +63,8 @@ def calibrate(
 ) -> None:
     """Measure which units of a model matter on your text.
 
-    Makes the prior of the static and blend selectors. One pass, one example at a time. Take text
-    like what the model will be used for, never the text that you will evaluate on.
+    What it finds is the prior, which the static and blend selectors go by. One pass, one example at
+    a time. Take text like that of your use, never the text that you will evaluate on.
     """
     from ifp_mlx.convert.registry import resolve_model
 

@@ -112,7 +112,8 @@ def chat(
 ) -> None:
     """Talk with a model in the terminal.
 
-    Without --task the first message selects the part of the model that answers. /help in the chat
+    Without --task the first message selects the part of the model that answers, unless it is long
+    and that would take longer than it saves. /help in the chat
     lists its commands, Ctrl-C stops a reply, Ctrl-D leaves. Every message is saved as it is sent,
     and --resume continues the chat. Messages can be piped in, one on each line.
 

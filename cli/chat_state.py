@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 _RETASK_MESSAGES = 4  # how much of the recent conversation /retask reads
 _ROOM_FOR_ANSWER = 64  # tokens; with less left the context counts as full
+_LONG_MESSAGE = 512
+"""Tokens. Selecting by a shorter first message takes little, and the chat goes on with the part."""
+
 _TEMPLATE_TOKENS = 16  # what a chat template puts around one message, generously
 
 Messages = Sequence[dict[str, str]]
@@ -328,7 +331,10 @@ class Chat:
     def _ready(self, text: str) -> Conversation:
         """Return the conversation, with a sub-network that is selected if there is none yet."""
         if self.subnet is None:
-            self._select(self._first_question() or text)
+            first = self._first_question() or text
+            is_long = len(self.assistant.tokenizer.encode(first)) > _LONG_MESSAGE
+            is_open = self._assistant_options.selector == "auto"
+            self._select(first, where_it_pays=is_long and is_open)
         assert self.subnet is not None
         if self._conversation is None:
             self._conversation, self._kv_file = begin_conversation(
@@ -347,8 +353,10 @@ class Chat:
         questions = [m["content"] for m in self.messages if m["role"] == "user"]
         return questions[0] if questions else None
 
-    def _select(self, text: str) -> None:
-        self.subnet = choose_subnetwork(self.assistant, self._choice, text)
+    def _select(self, text: str, *, where_it_pays: bool = False) -> None:
+        self.subnet = choose_subnetwork(
+            self.assistant, self._choice, text, where_it_pays=where_it_pays
+        )
         say(describe_subnetwork(self.subnet))
         if self._conversation is not None:
             self.assistant.switch(self._conversation, self.subnet)

@@ -26,6 +26,7 @@ def convert(
     source: Annotated[
         str,
         typer.Argument(
+            metavar="SOURCE",
             help="A checkpoint folder (Hugging Face or mlx-lm), a GGUF file, or a Hugging Face id.",
             show_default=False,
         ),

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from ifp_mlx.cli import options, writing_options
+from ifp_mlx.cli.help_sections import UNITS
 from ifp_mlx.cli.loading import choose_subnetwork, describe_subnetwork, load_assistant
 from ifp_mlx.cli.measuring import measuring
 from ifp_mlx.cli.option_groups import expands_options
+from ifp_mlx.cli.presets import amount_of, find_preset
 from ifp_mlx.cli.progress import bytes_progress
 from ifp_mlx.cli.terminal import gigabytes, print_json, say
 from ifp_mlx.cli.writing_options import DtypeName, dtype_named, refuse_existing
@@ -36,7 +38,7 @@ def export(
             metavar="FILE",
             help="Take the units of a selection file, such as ifp/selection.safetensors of an "
             "exported model.",
-            rich_help_panel="Sub-network",
+            rich_help_panel=UNITS,
         ),
     ] = None,
     amount: options.Amount,
@@ -93,6 +95,9 @@ def export(
     """
     if (task is None) == (selection is None):
         raise UsageError("give --task or --selection, one of them")
+    preset = find_preset(task)
+    if preset is not None:
+        task, amount = preset.task, amount if amount.is_given else amount_of(preset)
     refuse_existing(output, force=force)
     if gguf is not None:
         refuse_existing(gguf, force=force)

@@ -127,10 +127,10 @@ def choose_subnetwork(
     if options.dense:
         return assistant.dense()
     kept = num_kept_units(assistant, options.amount, options.task)
-    is_free = options.task is None and not options.amount.is_given
+    is_free = options.task is None and not options.amount.is_given and kept < assistant.num_units
     if where_it_pays and is_free and not assistant.selecting_pays(first_message, kept):
         return dataclasses.replace(assistant.dense(), prompt_too_short=True)
-    if (caution := _caution(assistant, kept, options.task)) is not None:
+    for caution in _cautions(assistant, kept, options.task):
         say(caution)
     with working("preparing the sub-network"):
         if options.task is not None:
@@ -138,13 +138,23 @@ def choose_subnetwork(
         return assistant.subnetwork_for_prompt(first_message, kept)
 
 
-def _caution(assistant: Assistant, kept: int, task: str | None) -> str | None:
-    """Return what is known to speak against an amount, in one line; None for nothing."""
-    share = kept / assistant.num_units
+def _cautions(assistant: Assistant, kept: int, task: str | None) -> list[str]:
+    """Return what speaks against a sub-network, a line each; what was measured is not doubted."""
     setting = task_setting(assistant.model_path, task)
     measured = setting is not None and kept >= setting.num_kept_units
-    if measured or assistant.files.is_adapted:
-        return None
+    if measured or assistant.files.is_adapted or kept == assistant.num_units:
+        return []
+    lines = []
+    if (caution := _caution_about(assistant, kept)) is not None:
+        lines.append(caution)
+    if assistant.files.selector.name == "prompt" and assistant.files.calibration is None:
+        lines.append("units are picked by the text alone: ifp calibrate, once, makes better picks")
+    return lines
+
+
+def _caution_about(assistant: Assistant, kept: int) -> str | None:
+    """Return what is known to speak against an amount, in one line; None for nothing."""
+    share = kept / assistant.num_units
     label = assistant.kind.label
     if assistant.reads_with_part:
         return (
@@ -171,7 +181,7 @@ def describe_subnetwork(subnet: SubNetwork) -> str:
     if subnet.prompt_too_short:
         return (
             f"the whole model answers ({subnet.num_units} {units} a layer): to select a part for "
-            "this prompt would take longer than it saves; --task or --keep does select"
+            "this prompt would take longer than it saves; a task or an amount selects one"
         )
     if subnet.selection is None:
         return f"dense: all {subnet.num_units} {units} of each layer"

@@ -19,6 +19,7 @@ def pull(
     name: Annotated[
         str,
         typer.Argument(
+            metavar="MODEL",
             help="smollm2-135m, qwen2.5-coder-0.5b, or a Hugging Face id such as ORG/NAME.",
             show_default=False,
         ),

@@ -17,6 +17,7 @@ def quantize(
     model: Annotated[
         str,
         typer.Argument(
+            metavar="MODEL",
             help="A model that ifp pull or ifp convert made: its name, or its folder.",
             show_default=False,
         ),

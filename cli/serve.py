@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ifp_mlx.cli import options
+from ifp_mlx.cli.help_sections import ADVANCED
 from ifp_mlx.cli.loading import describe_subnetwork, load_assistant, num_kept_units
 from ifp_mlx.cli.option_groups import expands_options
 from ifp_mlx.cli.presets import amount_of, find_preset
@@ -72,6 +73,7 @@ class AddressOptions:
             metavar="NAME",
             help="Another name that the server is reached by, such as that of a reverse proxy; * "
             "allows every name. May be given several times.",
+            rich_help_panel=ADVANCED,
         ),
     ] = None
 
@@ -113,6 +115,7 @@ class EngineFlags:
             metavar="N",
             min=1,
             help="Answers of one sub-network that are made together.",
+            rich_help_panel=ADVANCED,
         ),
     ] = 8
     prompt_cache_bytes: Annotated[
@@ -121,7 +124,8 @@ class EngineFlags:
             "--prompt-cache-bytes",
             metavar="N",
             min=0,
-            help="Memory for the KV caches of earlier requests.",
+            help="Memory for what earlier requests have read (KV caches).",
+            rich_help_panel=ADVANCED,
         ),
     ] = 10**9
 
@@ -132,6 +136,7 @@ class EngineFlags:
             metavar="FOLDER",
             help="Keep the KV caches here when the server stops, in as much space as "
             "--prompt-cache-bytes allows, so that conversations go on quickly after a restart.",
+            rich_help_panel=ADVANCED,
         ),
     ] = None
     resident_bytes: Annotated[
@@ -141,6 +146,7 @@ class EngineFlags:
             metavar="N",
             min=0,
             help="Memory for the sub-networks that are not in use now; the oldest go.",
+            rich_help_panel=ADVANCED,
         ),
     ] = 2 * 10**9
     keep_alive: Annotated[
@@ -151,6 +157,7 @@ class EngineFlags:
             min=0.1,
             help="Free the model's memory after this long without a request; the next request "
             "loads it again. Without it the model stays.",
+            rich_help_panel=ADVANCED,
         ),
     ] = None
 
@@ -180,11 +187,18 @@ class LimitFlags:
             metavar="N",
             min=1,
             help="Requests in work and waiting; one more is refused with 429.",
+            rich_help_panel=ADVANCED,
         ),
     ] = 64
     max_body_bytes: Annotated[
         int,
-        typer.Option("--max-body-bytes", metavar="N", min=1, help="Largest request body."),
+        typer.Option(
+            "--max-body-bytes",
+            metavar="N",
+            min=1,
+            help="Largest request body.",
+            rich_help_panel=ADVANCED,
+        ),
     ] = 2**20
     time_limit: Annotated[
         float,
@@ -193,6 +207,7 @@ class LimitFlags:
             metavar="SECONDS",
             min=0.1,
             help="Longest time for one answer, waiting included; then 503 or 504.",
+            rich_help_panel=ADVANCED,
         ),
     ] = 300.0
 

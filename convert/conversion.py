@@ -58,7 +58,7 @@ def convert_checkpoint(
         dtype: floating type of the result. None keeps a directory's own; for a GGUF file it is
             float32 (exact) on the CPU, where nothing else is fast, and bfloat16 on a GPU.
         quantization: quantize the result; packed tensors of the source are packed anew.
-        unit_major: also store the FFN units one by one, as ``ifp prepare`` does.
+        unit_major: also store the FFN units one by one, as ``ifp convert --unit-major`` does.
         overwrite: replace ``target`` if it exists.
         origin: where the values come from, to be kept with them.
         progress: called while reading and writing.

@@ -520,12 +520,8 @@ class Assistant:
 
     def _answering(self, subnet: SubNetwork) -> tuple[nn.Module, Drift | None]:
         """Return the model that answers for a sub-network, and what it shows of its drift."""
-        if subnet.reader is not None:
-            from ifp_mlx.chat.reading import ReadsWithPart
-
-            return ReadsWithPart(subnet.model, subnet.reader.model), None
         if subnet.selection is None or self.kind.router is None:
-            return subnet.model, None
+            return subnet.answering, None
         return with_drift(subnet.model, subnet.selection, self.skeleton)
 
     def _in_use(self, part: SubNetwork) -> SubNetwork:

@@ -16,8 +16,11 @@ OnRead = Callable[[int, int], None]
 answer; what was read until then is kept."""
 
 _PIECE_S = 0.5
-_FIRST_PIECE_TOKENS = 64
+_FIRST_PIECE_TOKENS = 32
 """Tells how fast this model reads on this machine."""
+
+_FEWEST_TOKENS = 16
+"""Fewer at a time are read hardly sooner: all weights are gone through for each piece."""
 
 _MOST_TOKENS = 2048
 """Mlx-lm's own piece, by which memory is predicted."""
@@ -67,7 +70,6 @@ def read_ahead(
             done += len(piece)
             on_read(done, total)
             affordable = int(len(piece) * _PIECE_S / (time.perf_counter() - start))
-            # Powers of two: kernels are made for shapes.
-            size = 1 << max(affordable.bit_length() - 1, _FIRST_PIECE_TOKENS.bit_length() - 1)
-            size = min(size, _MOST_TOKENS)
+            affordable = min(max(affordable, _FEWEST_TOKENS), _MOST_TOKENS)
+            size = 1 << (affordable.bit_length() - 1)  # kernels are made for shapes
     return done

@@ -1,6 +1,9 @@
 """Measuring candidates on a task's examples: those that select are never those that measure."""
 
 import dataclasses
+import math
+import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -116,10 +119,15 @@ class Fit:
         Args:
             progress: called with what is measured, examples done, and all of them.
         """
-        for candidate in self.candidates():
+        found = self.candidates()
+        seconds: list[float] = []
+        for number, candidate in enumerate(found, start=1):
             measured = self.record.get(candidate)
             if measured is None and not any(candidate.is_below(lost) for lost in self._lost):
-                measured = self._measure(candidate, progress)
+                where = f"{number}/{len(found)}{_time_left(seconds, len(found) - number + 1)}"
+                start = time.perf_counter()
+                measured = self._measure(candidate, _prefixed(progress, where))
+                seconds.append(time.perf_counter() - start)
                 self.record.add(measured)
             if measured is not None:
                 if measured.is_lost:
@@ -276,6 +284,17 @@ def with_fewer_bits(model: nn.Module, bits: int) -> tuple[nn.Module, int]:
         packed.set_dtype(mx.float32)
     mx.eval(packed.parameters())
     return packed, num_bytes
+
+
+def _prefixed(progress: Progress, where: str) -> Progress:
+    return lambda name, done, total: progress(f"{where} {name}", done, total)
+
+
+def _time_left(seconds: Sequence[float], num_left: int) -> str:
+    """Return what the rest will take if none is given up, once there is one to go by."""
+    if not seconds:
+        return ""
+    return f", about {math.ceil(statistics.median(seconds) * num_left / 60)} min left:"
 
 
 def _stored_bits(config: Mapping[str, Any]) -> int:

@@ -276,6 +276,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _route(self, path: str, route: str) -> None:
         if (file := self.server.files.get(path or "/")) is not None:
+            self._record.is_of_page = True
             self._check_method(path or "/", "GET")
             self._send(200, file.content_type, file.raw, file.headers)
             return
@@ -285,15 +286,16 @@ class _Handler(BaseHTTPRequestHandler):
             hint = _ELSEWHERE.get(route)
             message = f"no route {path or '/'!r}" + (f": {hint}" if hint else "")
             raise APIError(404, message, code="unknown_route")
-        self._check_method(path, _METHODS.get(route, "GET"))
+        self._check_method(path, view.method if view else _METHODS.get(route, "GET"))
         if route == "/health":
             self._send_health()
             return
         self.server.access.check_key(self.headers)
         if view is not None:
-            query = parse_qs(urlsplit(self.path).query)
+            self._record.is_of_page = True
+            fields = self._view_fields()
             with self.server.place():
-                answer = view(query, self._check_client)
+                answer = view.answer(fields, self._check_client)
             self._send(200, answer.content_type, answer.raw, answer.headers)
         elif self.command == "POST":
             self._generate(is_chat=route == _CHAT)
@@ -324,6 +326,12 @@ class _Handler(BaseHTTPRequestHandler):
             if "Access-Control-Request-Private-Network" in self.headers:
                 headers["Access-Control-Allow-Private-Network"] = "true"
         self._send_head(204, headers)
+
+    def _view_fields(self) -> dict[str, list[str]]:
+        if self.command != "POST":
+            return parse_qs(urlsplit(self.path).query)
+        body = parse_json(self._read_body())
+        return {name: [value] for name, value in body.items() if isinstance(value, str)}
 
     def _read_body(self) -> bytes:
         limit = self.server.limits.max_body_bytes

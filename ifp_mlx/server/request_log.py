@@ -23,6 +23,7 @@ class RequestRecord:
         finish_reason: of the first answer.
         error: why it was refused or failed; the first line of what the client was told.
         cause: what the client was not told.
+        is_of_page: the page asked for it, which it does often.
     """
 
     method: str
@@ -38,6 +39,7 @@ class RequestRecord:
     finish_reason: str = ""
     error: str = ""
     cause: str = ""
+    is_of_page: bool = False
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -88,8 +90,9 @@ class RequestLog:
         self._only_server_errors = only_server_errors
 
     def note(self, record: RequestRecord) -> None:
-        """Write a request's line."""
-        if record.is_server_error or not self._only_server_errors:
+        """Write a request's line; of what the page shows there is one only if it is refused."""
+        is_quiet = self._only_server_errors or (record.is_of_page and record.status < 400)
+        if record.is_server_error or not is_quiet:
             self._write(record.line())
 
 

@@ -81,8 +81,8 @@ class SeenSubnets:
 
     def watched(self, request: SubnetRequest, subnet: SubNetwork) -> nn.Module:
         """Return the model of a sub-network; that of a mixture shows where it sends tokens."""
-        if subnet.kind.router is None:
-            return subnet.model
+        if subnet.kind.router is None or subnet.reader is not None:
+            return subnet.answering
         with self._lock:
             routed = self._routed.get(request)
             if routed is None:

@@ -14,7 +14,7 @@ from ifp_mlx.server.engine import Engine
 from ifp_mlx.server.seen_subnets import SubnetFacts
 
 Query = Mapping[str, Sequence[str]]
-"""The fields of a URL."""
+"""The fields of a URL, or of a body."""
 
 _MAX_DESCRIPTIONS = 8
 _DENSE = SubnetRequest("dense")
@@ -31,6 +31,19 @@ class View:
     content_type: str
     raw: bytes
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """What answers a path.
+
+    Attributes:
+        method: of HTTP.
+        answer: takes the fields of a request and a check of the client.
+    """
+
+    method: str
+    answer: Callable[[Query, Callable[[], None]], View]
 
 
 class TaskViews:
@@ -50,12 +63,29 @@ class TaskViews:
         self._time_limit_s = time_limit_s
 
     @property
-    def routes(self) -> dict[str, Callable[[Query, Callable[[], None]], View]]:
-        """What answers which path; each takes the fields of the URL and a check of the client."""
-        return {"/ifp/tasks": self.tasks, "/ifp/units": self.units, "/ifp/picture": self.picture}
+    def routes(self) -> dict[str, Route]:
+        """What answers which path; each takes the request's fields and a check of the client."""
+        return {
+            "/ifp/tasks": Route("GET", self.tasks),
+            "/ifp/units": Route("GET", self.units),
+            "/ifp/picture": Route("GET", self.picture),
+            # Selecting takes the model's time: web pages of others can make a browser GET anything.
+            "/ifp/select": Route("POST", self.select),
+        }
+
+    def select(self, query: Query, check: Callable[[], None]) -> View:
+        """Select for the description in the field ``task``; return what is told of the task.
+
+        Raises:
+            APIError: 400 without one, 503 when the model is busy for long.
+            IFPError: it cannot be selected for.
+        """
+        task = _task_of(query)
+        facts = self._engine.facts(self._request(task), self._time_limit_s, check)
+        return _json(self._task(task, facts))
 
     def tasks(self, query: Query, check: Callable[[], None]) -> View:
-        """Return every served task, and those described in the fields ``task``, as JSON.
+        """Return every served task, and those selected ones in the fields ``task``, as JSON.
 
         Raises:
             APIError: 400 for too many descriptions, 503 when the model is busy for long.
@@ -125,17 +155,14 @@ class TaskViews:
         return View("image/svg+xml", raw, _PICTURE_HEADERS)
 
     def _subjects(self, query: Query, check: Callable[[], None]) -> tuple[Subject, Subject | None]:
-        task, against = _one(query, "task"), _one(query, "against")
-        if task is None:
-            raise APIError(400, "say which task", param="task")
-        one = self._subject(task, check)
+        one, against = self._subject(_task_of(query), check), _one(query, "against")
         return one, None if against is None else self._subject(against, check)
 
     def _subject(self, task: str, check: Callable[[], None]) -> Subject:
         return Subject(task, self._facts(task, check).units)
 
     def _routed(self, query: Query) -> Shares | None:
-        return self._engine.seen.routed(self._request(_one(query, "task") or ""))
+        return self._engine.seen.routed(self._request(_task_of(query)))
 
     def _request(self, task: str) -> SubnetRequest:
         if task == DENSE_NAME:
@@ -143,13 +170,25 @@ class TaskViews:
         return SubnetRequest("task", self._catalog.tasks.get(task, task))
 
     def _facts(self, task: str, check: Callable[[], None]) -> SubnetFacts:
-        return self._engine.facts(self._request(task), self._time_limit_s, check)
+        request = self._request(task)
+        is_served = task in self._catalog.tasks or request is _DENSE
+        if not is_served and self._engine.seen.get(request) is None:
+            raise APIError(
+                404,
+                "nothing is selected for this task; POST it to /ifp/select",
+                code="not_selected",
+            )
+        return self._engine.facts(request, self._time_limit_s, check)
 
     def _facts_or_reason(self, task: str, check: Callable[[], None]) -> SubnetFacts | str:
         try:
             return self._facts(task, check)
         except IFPError as error:
             return str(error)
+        except APIError as error:
+            if error.status != 404:
+                raise
+            return error.message
 
     def _task(self, name: str, facts: SubnetFacts | str) -> dict[str, Any]:
         description = self._catalog.tasks.get(name)
@@ -165,6 +204,13 @@ class TaskViews:
             "selector": facts.selector,
             "tokens_per_s": self._engine.seen.speed(self._request(name)),
         }
+
+
+def _task_of(query: Query) -> str:
+    task = _one(query, "task")
+    if task is None:
+        raise APIError(400, "say which task", param="task")
+    return task
 
 
 def _one(query: Query, name: str) -> str | None:

@@ -45,6 +45,7 @@ from ifp_mlx.units.modules import is_packed
 
 UNIT_FILE = Path("ifp") / "units.safetensors"
 _FORMAT = "ifp-units"
+_AGAIN = "run ifp convert MODEL --unit-major again"
 _FORMAT_VERSION = "1"
 _RECORD_ALIGNMENT = 64
 _DATA_ALIGNMENT = 4096
@@ -223,15 +224,15 @@ def _open_records(path: Path, layouts: list[_RecordLayout]) -> list[StoredTensor
     stored = read_header(file)
     metadata = load_arrays(file)[1]
     if (metadata.get("format"), metadata.get("format_version")) != (_FORMAT, _FORMAT_VERSION):
-        raise CheckpointError(f"{file} has another format; run ifp prepare again")
+        raise CheckpointError(f"{file} has another format; {_AGAIN}")
     if metadata.get("checkpoint") != fingerprint(path):
-        raise CheckpointError(f"{file} belongs to other weights; run ifp prepare again")
+        raise CheckpointError(f"{file} belongs to other weights; {_AGAIN}")
     records = []
     for index, layout in enumerate(layouts):
         record = stored.get(f"layers.{index}")
         shape = (layout.num_units, layout.record_bytes)
         if record is None or record.dtype != "U8" or record.shape != shape:
-            raise CheckpointError(f"{file} does not fit the weights; run ifp prepare again")
+            raise CheckpointError(f"{file} does not fit the weights; {_AGAIN}")
         records.append(record)
     return records
 

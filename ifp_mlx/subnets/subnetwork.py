@@ -4,6 +4,7 @@ import dataclasses
 
 import mlx.nn as nn
 
+from ifp_mlx.chat.reading import ReadsWithPart
 from ifp_mlx.selection.selection import Selection
 from ifp_mlx.selection.spec import SelectorSpec
 from ifp_mlx.slicing.compact import ModelSize
@@ -60,3 +61,10 @@ class SubNetwork:
     requantization_error: float = 0.0
     reader: "SubNetwork | None" = None
     prompt_too_short: bool = False
+
+    @property
+    def answering(self) -> nn.Module:
+        """What mlx-lm generates with: the model, behind its reader if it has one."""
+        if self.reader is None:
+            return self.model
+        return ReadsWithPart(self.model, self.reader.model)

@@ -180,7 +180,10 @@ def _default_keep_units(
     """Return the K that the model is used with: what an adapter was trained for, or a share."""
     if begun is not None:
         return max(begun.keep_units)
-    return Amounts.of(read_config(folder), unit_shape(stored).num_units).nearest(ratio)
+    amounts = Amounts.of(read_config(folder), unit_shape(stored).num_units)
+    nearest = amounts.nearest(ratio)
+    parts = (amount for amount in amounts.descending() if amount <= nearest)
+    return next((amount for amount in parts if amount < amounts.num_units), nearest)
 
 
 def _changed_weights(model: nn.Module, begun: Adapter | None) -> dict[str, mx.array]:

@@ -264,7 +264,7 @@ def test_chat_records_an_answer_as_far_as_it_came(
     from ifp_mlx.chat.session import Session
     from ifp_mlx.errors import ResourceError
 
-    def reply(self: Conversation, messages: Any, sampling: object) -> Any:
+    def reply(self: Conversation, messages: Any, *_: object) -> Any:
         assert [message["content"] for message in messages] == ["be brief", "hello"]
         yield from pieces
         raise ResourceError("no memory")
@@ -278,6 +278,22 @@ def test_chat_records_an_answer_as_far_as_it_came(
     # A question that got no answer at all is taken back.
     expected = ["hello", "Alpha bravo"] if pieces else []
     assert [message["content"] for message in messages] == expected
+
+
+def test_a_long_first_message_is_answered_by_the_whole_model(
+    ifp: Run, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    model = tiny_checkpoint(intermediate_size=1280, max_position_embeddings=4096)
+    arguments = ("chat", "--model", model, "--no-save", "-m", "2")
+    long = "a" * 600  # tokens: of this model, one is a character
+    told = "to select a part for this prompt would take longer than it saves"
+    errors = ifp(*arguments, stdin=f"{long}\n/retask\n").stderr
+    before, _, after = errors.partition(told)
+    assert after
+    assert "selected" not in before
+    assert "selected 1152 of 1280 FFN units for this prompt" in after  # /retask
+    assert told not in ifp(*arguments, stdin="short\n").stderr
+    assert told not in ifp(*arguments, "--keep-units", "64", stdin=f"{long}\n").stderr
 
 
 def test_chat_drift_suggests_to_reselect(ifp: Run, small_model: Path) -> None:

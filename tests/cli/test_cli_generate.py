@@ -162,6 +162,22 @@ def test_generate_raw_continues_the_text(ifp: Run, word_model: Path) -> None:
     assert outcome.stdout == "**charlie**\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "selector"),
+    [([], "dense"), (["--keep-units", "64"], "prompt"), (["--selector", "random"], "random")],
+)
+def test_generate_without_a_task_selects_only_where_it_pays(
+    ifp: Run, tiny_checkpoint: Callable[..., Path], arguments: list[str], selector: str
+) -> None:
+    model = tiny_checkpoint(intermediate_size=1280)
+    outcome = ifp("generate", "hello", "--model", model, "-m", "3", "--json", *arguments)
+    record = json.loads(outcome.stdout)
+    assert record["selector"] == selector
+    assert record["prompt_too_short"] == (selector == "dense")
+    told = "to select a part for this prompt would take longer than it saves"
+    assert (told in outcome.stderr) == (selector == "dense")
+
+
 def test_generate_seed_makes_sampling_repeatable(ifp: Run, small_model: Path) -> None:
     def answer(seed: int) -> str:
         arguments = ("--model", small_model, "--temp", "1.5", "--seed", str(seed), "-m", "20")

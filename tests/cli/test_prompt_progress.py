@@ -26,8 +26,10 @@ def open_ifp(tmp_path: Path) -> OpenTerminal:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
+    terminal: OpenTerminal = module.terminal
+
     def open_it(*arguments: str | Path, **options: Any) -> AbstractContextManager[Any]:
-        return module.terminal(*arguments, IFP_HOME=str(tmp_path / "home"), **options)
+        return terminal(*arguments, IFP_HOME=str(tmp_path / "home"), **options)
 
     return open_it
 

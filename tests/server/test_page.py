@@ -175,7 +175,7 @@ def test_another_task_answers_when_it_is_chosen(
 def test_a_task_can_be_described(
     visit: Any, running: Running, expected: Callable[..., str]
 ) -> None:
-    page = visit(running)
+    page = visit(running, expects="400")
     page.get_by_label("Another task").fill("bake a cake")
     page.get_by_role("button", name="Add").click()
     expect(page.get_by_role("radio", name="bake a cake")).to_be_checked()
@@ -188,8 +188,8 @@ def test_a_task_can_be_described(
     assert "".join(last_answer(page).inner_text().split()) == "".join(answer.split())
     page.get_by_label("Another task").fill("word " * 300)
     page.get_by_role("button", name="Add").click()
-    expect(page.get_by_role("radio", name=re.compile("word word"))).to_be_disabled()
     expect(page.locator("#status")).to_contain_text("shorten it")
+    expect(page.get_by_role("radio", name=re.compile("word word"))).to_have_count(0)
     expect(page.get_by_role("radio", name="bake a cake")).to_be_checked()
 
 
@@ -324,7 +324,8 @@ def test_markup_that_came_in_would_still_not_run(visit: Any, running: Running) -
     assert page.title() == "tiny · ifp"
     refused = page.evaluate(
         """() => new Promise(resolve => {
-            document.addEventListener("securitypolicyviolation", e => resolve(e.effectiveDirective));
+            const refused = "securitypolicyviolation";
+            document.addEventListener(refused, event => resolve(event.effectiveDirective));
             fetch("http://localhost:9/").catch(() => setTimeout(resolve, 500, "nothing"));
         })"""
     )

@@ -167,6 +167,7 @@ def test_an_idle_model_leaves_memory_and_comes_back(
             return str(answer.choices[0].message.content)
 
         first = ask()
+        num_loads = len(loads)  # on a busy machine it was idle before the first request, too
         before_bytes = mx.get_active_memory()
         is_loaded = engine.gauges()["model_loaded"][1]
         deadline = time.monotonic() + 10
@@ -177,7 +178,7 @@ def test_an_idle_model_leaves_memory_and_comes_back(
         assert not is_loaded()
         assert mx.get_active_memory() < before_bytes - 100_000
         assert ask() == first
-        assert len(loads) == 2
+        assert len(loads) == num_loads + 1
         assert get(running, "/health")[0] == 200
         assert json.loads(get(running, "/v1/models")[2])["data"]
 

@@ -22,12 +22,22 @@ Serve = Callable[..., contextlib.AbstractContextManager[Running]]
 
 
 def get(
-    running: Running, path: str, *, method: str = "GET", key: str = "", **query: Any
+    running: Running,
+    path: str,
+    *,
+    method: str = "GET",
+    key: str = "",
+    origin: str = "",
+    body: bytes | None = None,
+    **query: Any,
 ) -> tuple[int, dict[str, str], bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", running.server.port, timeout=20)
     with contextlib.closing(connection):
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        connection.request(method, f"{path}?{urlencode(query, doseq=True)}", headers=headers)
+        headers |= {"Origin": origin} if origin else {}
+        headers |= {} if body is None else {"Content-Type": "application/json"}
+        address = f"{path}?{urlencode(query, doseq=True)}" if query else path
+        connection.request(method, address, body, headers)
         response = connection.getresponse()
         return response.status, dict(response.headers), response.read()
 
@@ -36,6 +46,13 @@ def get_json(running: Running, path: str, **query: Any) -> Any:
     status, _, body = get(running, path, **query)
     assert status == 200, body
     return json.loads(body)
+
+
+def select(running: Running, task: str) -> Any:
+    body = json.dumps({"task": task}).encode()
+    status, _, answer = get(running, "/ifp/select", method="POST", body=body)
+    assert status == 200, answer
+    return json.loads(answer)
 
 
 def refusal(running: Running, path: str, **query: Any) -> tuple[int, str]:
@@ -91,20 +108,45 @@ def test_speed_is_that_of_the_latest_answer(engine: Any, serve: Serve) -> None:
     assert told["tasks"][1]["tokens_per_s"] > 0
 
 
-def test_a_description_is_a_task_too_and_only_who_gives_it_sees_it(running: Running) -> None:
+def test_a_description_is_a_task_too_once_it_is_selected(running: Running) -> None:
+    task = select(running, "bake a cake")
+    assert (task["id"], task["num_kept_units"], "model" in task) == ("bake a cake", 64, False)
     told = get_json(running, "/ifp/tasks", task=["bake a cake", "mail"])
     assert [task["id"] for task in told["tasks"]] == ["python-helper", "mail", "bake a cake"]
-    assert "model" not in told["tasks"][2]
     assert len(told["overlaps"]) == len(told["overlap_names"]) == 3
-    assert "cake" not in json.dumps(get_json(running, "/ifp/tasks"))
+    assert "bake a cake: 64" in get_json(running, "/ifp/units", task="bake a cake")["description"]
 
 
-def test_a_task_that_cannot_be_selected_is_told_with_the_reason(running: Running) -> None:
-    told = get_json(running, "/ifp/tasks", task="word " * 300)
-    assert "shorten it" in told["tasks"][2]["error"]
+def test_descriptions_are_told_only_to_who_gives_them(running: Running) -> None:
+    select(running, "a secret task")
+    assert "secret" not in json.dumps(get_json(running, "/ifp/tasks"))
+
+
+def test_what_a_browser_can_be_made_to_get_selects_nothing(running: Running) -> None:
+    told = get_json(running, "/ifp/tasks", task="something of another page")
+    assert "/ifp/select" in told["tasks"][2]["error"]
     assert told["overlap_names"] == ["python-helper", "mail"]
-    status, message = refusal(running, "/ifp/units", task="word " * 300)
-    assert (status, "shorten it" in message) == (400, True)
+    for path in ("/ifp/units", "/ifp/picture"):
+        status, message = refusal(running, path, task="something of another page")
+        assert (status, "/ifp/select" in message) == (404, True)
+    status, _, body = get(running, "/ifp/select", method="POST", origin="https://example.org")
+    assert (status, "--allowed-origins" in body.decode()) == (403, True)
+    assert get(running, "/ifp/select", task="x")[0] == 405
+
+
+@pytest.mark.parametrize(
+    ("body", "complaint"),
+    [
+        (b'{"task": "' + b"word " * 300 + b'"}', "shorten it"),
+        (b'{"task": " "}', "empty"),
+        (b'{"task": 7}', "say which task"),
+        (b"{}", "say which task"),
+        (b"task=x", "not valid JSON"),
+    ],
+)
+def test_what_cannot_be_selected_is_refused(running: Running, body: bytes, complaint: str) -> None:
+    status, _, answer = get(running, "/ifp/select", method="POST", body=body)
+    assert (status, complaint in json.loads(answer)["error"]["message"]) == (400, True)
 
 
 def test_units_are_told_layer_by_layer(running: Running, engine: Any) -> None:
@@ -118,8 +160,9 @@ def test_units_are_told_layer_by_layer(running: Running, engine: Any) -> None:
 
 
 def test_pictures_are_svg_that_runs_nothing(running: Running) -> None:
-    for query in ({}, {"against": "python-helper"}):
-        status, headers, body = get(running, "/ifp/picture", task="mail", width=400, **query)
+    for against in ([], ["python-helper"]):
+        query = {"task": "mail", "width": 400, "against": against}
+        status, headers, body = get(running, "/ifp/picture?" + urlencode(query, doseq=True))
         assert (status, headers["Content-Type"]) == (200, "image/svg+xml")
         assert headers["Content-Security-Policy"].startswith("default-src 'none'")
         assert ElementTree.fromstring(body).attrib["width"] == "400"
@@ -197,3 +240,12 @@ def _client_leaves() -> None:
 def test_a_busy_server_refuses_views_as_it_refuses_requests(engine: Any, serve: Serve) -> None:
     with serve(engine, Limits(max_requests=1)) as running, running.server.place():
         assert refusal(running, "/ifp/tasks")[0] == 429
+
+
+def test_what_the_page_asks_for_is_in_the_log_only_if_it_is_refused(running: Running) -> None:
+    running.log.clear()
+    for path in ("/", "/page/page.js", "/ifp/tasks"):
+        assert get(running, path)[0] == 200
+    assert refusal(running, "/ifp/units")[0] == 400
+    running.line_with("GET /ifp/units 400, say which task")
+    assert len(running.log) == 1

@@ -215,7 +215,8 @@ def test_stale_unit_file_is_ignored_with_a_warning(
     loaded = load_subnetwork(path, select_random(64))
     assert not loaded.used_unit_file
     assert len(caplog.messages) == 1
-    assert "belongs to other weights; run ifp prepare again" in caplog.messages[0]
+    advice = "belongs to other weights; run ifp convert MODEL --unit-major again"
+    assert advice in caplog.messages[0]
 
 
 def test_progress_counts_layers(tiny_checkpoint: CheckpointFactory) -> None:

@@ -30,6 +30,15 @@ export async function getJson(path) {
   return (await send(path)).json();
 }
 
+export async function postJson(path, body, signal) {
+  return send(path, {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(body),
+    signal,
+  });
+}
+
 /** Yield the objects of a stream of server-sent events, until it says that it is done. */
 export async function* events(response) {
   const decoder = new TextDecoder();

@@ -1,6 +1,6 @@
 // The conversation: sends it, shows the answer as it comes, stops it.
 
-import { Refused, events, send } from "./api.js";
+import { Refused, events, postJson } from "./api.js";
 import { byId, make } from "./elements.js";
 
 const log = byId("messages");
@@ -93,12 +93,7 @@ class Answer {
     const body = { ...fields, messages, stream: true, stream_options: { include_usage: true } };
     const begun = performance.now();
     let first = null;
-    const response = await send("/v1/chat/completions", {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify(body),
-      signal,
-    });
+    const response = await postJson("/v1/chat/completions", body, signal);
     for await (const event of events(response)) {
       const delta = event.choices?.[0]?.delta ?? {};
       if (delta.content || delta.reasoning_content) {

@@ -32,7 +32,8 @@ byId("describe").addEventListener("submit", async (event) => {
   );
 });
 
-startChat(chosenTask, showRouting, () => told(refreshTasks(showPicture).then(showRouting)));
+const drawRouting = () => told(showRouting());
+startChat(chosenTask, drawRouting, () => told(refreshTasks(showPicture)).then(drawRouting));
 await told(refreshTasks(showPicture).then(showPicture));
 startPicture();
 byId("prompt").focus();

@@ -23,9 +23,12 @@ export function startPicture() {
   }).observe(image.parentElement);
 }
 
-/** Show where tokens go now, if that is what is shown. */
+/** Draw again where tokens go, if that is what is shown. */
 export async function showRouting() {
-  if (shown.value === ROUTED) await showPicture();
+  if (shown.value !== ROUTED) return;
+  const turn = latest;
+  const picture = await drawn(new URLSearchParams({ task: chosenTask().task.id }));
+  if (turn === latest) showImage(picture);
 }
 
 /** Show the chosen task: its scores, where its tokens go, or what it shares with another one. */
@@ -40,19 +43,21 @@ export async function showPicture() {
   }
   const query = new URLSearchParams({ task: task.id });
   if (shown.value.startsWith(AGAINST)) query.set("against", shown.value.slice(AGAINST.length));
-  const drawn = new URLSearchParams(query);
-  if (shown.value === ROUTED) drawn.set("routed", "1");
-  drawn.set("width", Math.round(image.parentElement.clientWidth));
   try {
-    const [units, picture] = await Promise.all([
-      getJson(`/ifp/units?${query}`),
-      send(`/ifp/picture?${drawn}`).then((response) => response.blob()),
-    ]);
+    const [units, picture] = await Promise.all([getJson(`/ifp/units?${query}`), drawn(query)]);
     if (turn === latest) show(picture, units);
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
     if (turn === latest) show(null, { description: error.message, layers: [] });
   }
+}
+
+/** Return the picture that the server draws. */
+async function drawn(query) {
+  const wanted = new URLSearchParams(query);
+  if (shown.value === ROUTED) wanted.set("routed", "1");
+  wanted.set("width", Math.round(image.parentElement.clientWidth));
+  return (await send(`/ifp/picture?${wanted}`)).blob();
 }
 
 /** Offer what can be shown of a task; what was shown before stays if it can. */
@@ -67,14 +72,18 @@ function offer(name, others) {
 }
 
 function show(picture, units) {
-  URL.revokeObjectURL(image.src);
   image.hidden = picture === null;
-  if (picture === null) image.removeAttribute("src");
-  else image.src = URL.createObjectURL(picture);
+  showImage(picture);
   image.alt = units.description;
   text.textContent = picture === null ? units.description : "";
   byId("by-layer").hidden = picture === null;
   showLayers(units.layers);
+}
+
+function showImage(picture) {
+  URL.revokeObjectURL(image.src);
+  if (picture === null) image.removeAttribute("src");
+  else image.src = URL.createObjectURL(picture);
 }
 
 function showLayers(layers) {

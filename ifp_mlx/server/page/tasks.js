@@ -1,9 +1,10 @@
 // The tasks: which one answers, what each takes, what they have in common.
 
-import { Refused, getJson } from "./api.js";
+import { getJson, postJson } from "./api.js";
 import { byId, make, megabytes, percent } from "./elements.js";
 
 const WHOLE = "the whole model";
+const MOST_DESCRIBED = 8; // that the server tells of at a time
 const described = []; // tasks of this tab
 
 let known = null; // what the server last said
@@ -42,15 +43,10 @@ export async function refreshTasks(changed) {
 
 /** Add a task that is described here, and choose it. Throws Refused. */
 export async function addTask(text, changed) {
+  await postJson("/ifp/select", { task: text });
   if (!described.includes(text)) described.push(text);
-  try {
-    await refreshTasks(changed);
-  } catch (error) {
-    described.splice(described.indexOf(text), 1);
-    throw error;
-  }
-  const { error } = known.tasks.find((task) => task.id === text);
-  if (error) throw new Refused(error);
+  if (described.length > MOST_DESCRIBED) described.shift();
+  await refreshTasks(changed);
   chosenId = text;
   showChoices(changed);
   showMemory();
