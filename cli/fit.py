@@ -161,6 +161,12 @@ def _print_table(assistant: Assistant, rows: Sequence[Measured], best: Measured 
         "tokens, how many would be others than the whole model's; same: first tokens of an answer "
         "that stay (median); · nothing smaller is as faithful; + given up"
     )
+    if any(row.is_adapted for row in rows) and not has_check:
+        say(
+            "parts of this model come with an adapter, which answers in its own way; that they "
+            "differ says nothing: --check finds out whether they are right, --no-adapter measures "
+            "the model's own parts"
+        )
 
 
 def _sentence(

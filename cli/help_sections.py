@@ -41,7 +41,11 @@ class SectionedCommand(TyperCommand):
         """Write the arguments, the options without a section, and the sections."""
         records = [(p, p.get_help_record(ctx)) for p in self.get_params(ctx)]
         shown = [(p, record) for p, record in records if record is not None]
-        arguments = [record for p, record in shown if p.param_type_name == "argument"]
+        arguments = [
+            (name.partition(" <")[0], text)  # without the Python type that Typer adds
+            for p, (name, text) in shown
+            if p.param_type_name == "argument"
+        ]
         _write(formatter, "Arguments", arguments)
         options = [(p, record) for p, record in shown if p.param_type_name == "option"]
         _write_sections(formatter, "Options", ((_section(p), record) for p, record in options))

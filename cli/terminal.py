@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -93,7 +94,25 @@ def say(message: str) -> None:
         if not _is_styled():
             sys.stderr.write(f"{message}\n")
             return
-        status_console().print(message, style="dim", markup=False)
+        console = status_console()
+        console.print(broken_between_facts(message, console.width), style="dim", markup=False)
+
+
+def broken_between_facts(message: str, width: int) -> str:
+    """Return a message whose lines fit a width, broken after commas, colons and semicolons.
+
+    A fact that is longer than the width stays as it is.
+    """
+    lines: list[str] = []
+    for line in message.split("\n"):
+        lines.append("")
+        for fact in re.split(r"(?<=[,:;]) ", line):
+            longer = f"{lines[-1]} {fact}" if lines[-1] else fact
+            if len(longer) <= width or not lines[-1]:
+                lines[-1] = longer
+            else:
+                lines.append(fact)
+    return "\n".join(lines)
 
 
 def print_json(value: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 
 from ifp_mlx.convert.checkpoint_writer import copy_tokenizer_files, write_model
 from ifp_mlx.convert.progress import Progress, no_progress
@@ -198,6 +199,8 @@ def quantize_model(
             chosen[path] = settings
         return settings
 
+    if mx.cuda.is_available():  # cut columns lie the other way round; mx.quantize ignores strides
+        model.update(tree_map(mx.contiguous, model.parameters()))
     nn.quantize(
         model, quantization.group_size, quantization.bits, mode=quantization.mode,
         class_predicate=settings_for,

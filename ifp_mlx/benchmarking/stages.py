@@ -20,8 +20,8 @@ from ifp_mlx.chat.kv_cache import KVCache
 from ifp_mlx.chat.sampling import KVCacheOptions, SamplingOptions
 from ifp_mlx.selection.selection import Selection
 from ifp_mlx.slicing.compact import slice_model
-from ifp_mlx.slicing.repacking import RequantizationError
 from ifp_mlx.slicing.kernel_check import check_quantized_kernels
+from ifp_mlx.slicing.repacking import RequantizationError
 
 _KV_OPTIONS = KVCacheOptions()
 _SAMPLING = SamplingOptions()

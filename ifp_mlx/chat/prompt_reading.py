@@ -49,7 +49,9 @@ def read_ahead(
     if isinstance(model, ReadsWithPart):
         reader, tail = model.reader, model.tail_tokens
     most_left = 2 * _FIRST_PIECE_TOKENS + tail  # a short prompt is not split up
-    total, done, size = len(token_ids), 0, _FIRST_PIECE_TOKENS
+    total, done = len(token_ids), 0
+    # CUDA devices read mlx-lm's pieces in a moment: there is nothing to learn, and time to lose.
+    size = _MOST_TOKENS if mx.cuda.is_available() else _FIRST_PIECE_TOKENS
     on_read(0, total)
     if total <= most_left:
         return 0

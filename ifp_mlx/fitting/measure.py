@@ -140,6 +140,10 @@ class Fit:
             return self._assistant.keeps_whole and not self._assistant.files.is_adapted
         return not (is_whole and candidate.bits is not None) or self._assistant.keeps_whole
 
+    def _is_adapted(self, candidate: Candidate) -> bool:
+        is_part = candidate.num_kept_units < self._assistant.num_units
+        return is_part and self._assistant.files.is_adapted
+
     def _measure(self, candidate: Candidate, progress: Progress) -> Measured:
         label = candidate.label(self._assistant.amounts)
         if not self._references:
@@ -156,7 +160,8 @@ class Fit:
             compared.append(
                 Comparison.same(reference) if is_whole else Comparison.of(model, reference)
             )
-            if number == FIRST_LOOK and Fidelity.of(compared).changed > LOST_CHANGED:
+            is_far = Fidelity.of(compared).changed > LOST_CHANGED
+            if number == FIRST_LOOK and is_far and not self._is_adapted(candidate):
                 progress(label, num_examples, num_examples)
                 measured = self._measured(candidate, subnet, Fidelity.of(compared))
                 return dataclasses.replace(measured, is_lost=True)
@@ -238,7 +243,8 @@ class Fit:
             weights_bytes = stored_bytes(subnet.model)
             memory_bytes += weights_bytes - prediction.weights_bytes
             disk_bytes = self._packed_bytes
-        return Measured(candidate, disk_bytes, memory_bytes, fidelity)
+        is_adapted = self._is_adapted(candidate)
+        return Measured(candidate, disk_bytes, memory_bytes, fidelity, is_adapted=is_adapted)
 
     def _answer_as_far_as_changed(
         self, candidate: Candidate, model: nn.Module, reference: Reference, found: Comparison

@@ -35,6 +35,8 @@ class Measured:
         num_right: answers that the user's check found right; None without a check.
         num_checked: how many it saw.
         is_lost: it was given up early.
+        is_adapted: an adapter's part, trained to answer in its own way: that it differs from the
+            whole model says nothing, only a check does.
     """
 
     candidate: Candidate
@@ -46,6 +48,7 @@ class Measured:
     num_right: int | None = None
     num_checked: int = 0
     is_lost: bool = False
+    is_adapted: bool = False
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Measured":
@@ -109,12 +112,12 @@ def is_as_good(row: Measured, whole: Measured) -> bool:
     """Return whether a candidate keeps up with the whole model.
 
     The user's check decides, with one answer's leave; so do the tokens that change, which see what
-    a small check does not.
+    a small check does not. An adapter's part has its check alone.
     """
-    if row.is_lost or row.fidelity.changed > MOST_CHANGED:
+    if row.is_lost or (row.fidelity.changed > MOST_CHANGED and not row.is_adapted):
         return False
     if row.num_right is None or whole.num_right is None:
-        return True
+        return not row.is_adapted
     return row.num_right >= whole.num_right - 1
 
 

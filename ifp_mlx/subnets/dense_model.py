@@ -220,10 +220,9 @@ class KeptModel:
         if not self._options.as_stored:
             model = as_computed(stored, self._dtype, like=shared)
             mx.eval(model.parameters())
-        if self._changed is None:  # computed unpacked, it is cut without being rounded
-            may_be_kept = self._dtype is None
-        else:
-            may_be_kept = not self._options.exact_down
+        # An unchanged model that is computed unpacked is cut without being rounded.
+        is_as_computed = self._dtype is None
+        may_be_kept = is_as_computed if self._changed is None else not self._options.exact_down
         return CutModel(
             model,
             ModelSize.of(self._stored) if model is stored else self.size,

@@ -112,9 +112,7 @@ def _random(spec: SelectorSpec, reader: nn.Module, files: SelectorFiles) -> Sele
 
 
 SELECTORS: dict[str, SelectorKind] = {
-    "predictor": SelectorKind(
-        "adapter", True, "1", _predictor, window=HEAD_TOKENS + TAIL_TOKENS
-    ),
+    "predictor": SelectorKind("adapter", True, "1", _predictor, window=HEAD_TOKENS + TAIL_TOKENS),
     "blend": SelectorKind("calibration", True, f"1-{DEFAULT_PRIOR_WEIGHT:g}", _blend, True),
     "static": SelectorKind("calibration", False, "1", _static, True),
     "prompt": SelectorKind(None, True, "1", _prompt, True),

@@ -59,7 +59,6 @@ _GATED_FAMILIES = (
 )  # fmt: skip
 
 _SWITCH = _experts("mlp.gate", "mlp.switch_mlp", count="num_experts")
-_SWITCH_FAMILIES = ("mellum", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next")
 _SPARSE_BLOCK = _experts(
     "block_sparse_moe.gate", "block_sparse_moe.switch_mlp", count="num_local_experts"
 )

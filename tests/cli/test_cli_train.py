@@ -228,13 +228,24 @@ def test_training_goes_on_from_the_adapter_that_chat_uses(
     assert set(started.manifest["changed"]) <= set(made.manifest["changed"])
     again = ifp("train", "--resume", "-o", tmp_path / "found", "--json")
     assert again.code == 0, again.stderr
-    worse = ifp(
-        "train", "--model", small_model, "--data", data, "--tokens", "600", "--from", adapter,
-        "--learning-rate", "3", "-o", tmp_path / "worse",
+
+
+def test_an_adapter_that_made_things_worse_is_called_so(
+    ifp: Run, small_model: Path, tmp_path: Path
+) -> None:
+    """The lines that are held out are unlike all others."""
+    answers = {7: "4 1 9 0 3 8", 15: "7 0 2 6 5 1"}
+    rows = [{"prompt": f"say {n}", "response": answers.get(n, "zzzzzzzzzzzz")} for n in range(24)]
+    data = tmp_path / "odd.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    outcome = ifp(
+        "train", "--model", small_model, "--data", data, "--learning-rate", "0.1",
+        "--tokens", "8000", "-o", tmp_path / "run",
     )  # fmt: skip
-    assert "The adapter made things worse: keep what you had." in worse.stdout
-    figures = json.loads((tmp_path / "worse" / "held_out.json").read_text())
+    assert outcome.code == 0, outcome.stderr
+    figures = json.loads((tmp_path / "run" / "held_out.json").read_text())
     assert figures["after"] > figures["before"]
+    assert "The adapter made things worse: keep what you had." in outcome.stdout
 
 
 def test_train_wants_text(ifp: Run, small_model: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from ifp_mlx.chat.generation import GenerationStats
 from ifp_mlx.cli.statistics_line import chat_status, full_statistics, turn_statistics
+from ifp_mlx.cli.terminal import broken_between_facts
 from ifp_mlx.slicing.compact import ModelSize
 from ifp_mlx.subnets.subnetwork import DENSE, SubNetwork
 from ifp_mlx.units.families import find_family
@@ -60,6 +61,21 @@ def test_the_line_at_the_bottom_fits(width: int, task: str | None) -> None:
     if task == TASK and 80 > width >= 60:
         assert "help" in line
         assert "…" in line
+
+
+@pytest.mark.parametrize("width", [100, 80, 40])
+def test_status_lines_break_between_facts(width: int) -> None:
+    message = (
+        'selected 768 of 1536 FFN units for "help me write Python": 379 of 538 MB, predictor, '
+        "selected in 3.3 s, sliced in 6.6 s\nclose to another"
+    )
+    broken = broken_between_facts(message, width)
+    assert broken.replace("\n", " ") == message.replace("\n", " ")
+    *lines, last = broken.split("\n")
+    assert last == "close to another"
+    assert all(line[-1] in ",:" for line in lines[:-1])
+    assert all(len(line) <= width for line in lines[1:])
+    assert len(lines[0]) <= max(width, 58)
 
 
 def test_a_prompt_that_is_too_short_to_select_by_is_told_with_the_statistics() -> None:

@@ -24,12 +24,13 @@ from ifp_mlx.fitting.fidelity import (
     answer_logits,
 )
 from ifp_mlx.fitting.judge import CommandJudge
-from ifp_mlx.fitting.measure import Fit, Halves
+from ifp_mlx.fitting.measure import Fit, Halves, with_fewer_bits
 from ifp_mlx.fitting.results import FitRecord, Measured
 from ifp_mlx.selection.selectors import select_random
 from ifp_mlx.slicing.compact import CutOptions, slice_model
 from ifp_mlx.storage.weights import load_model
 from ifp_mlx.text.task_examples import TaskExample, read_task_examples
+from ifp_mlx.units.modules import clone_module, stored_bytes
 
 CheckpointFactory = Callable[..., Path]
 ModelFactory = Callable[..., nn.Module]
@@ -116,6 +117,18 @@ def test_widths_are_those_of_the_files_wherever_layers_are_unpacked(
     assistant = Assistant.load(path, options=CutOptions(context_tokens=64))
     run = Fit(assistant, "say words", Halves.of(EXAMPLES, 2), FitRecord(tmp_path, {}))
     assert {candidate.bits for candidate in run.candidates()} == {None, 3}
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+def test_fewer_bits_unpacked_are_the_packed_model(tiny_model: ModelFactory, bits: int) -> None:
+    model = tiny_model("llama", hidden_size=64, head_dim=16, intermediate_size=192)
+    packed = clone_module(model)
+    quantize_model(packed, {}, make_quantization(bits=bits))
+    unpacked, num_bytes = with_fewer_bits(model, bits)
+    ids = mx.array([PROMPT + ANSWER])
+    np.testing.assert_allclose(unpacked(ids), packed(ids), atol=1e-4)
+    assert num_bytes == stored_bytes(packed)
+    assert num_bytes < stored_bytes(model)
 
 
 def test_the_check_sees_every_answer(tiny_checkpoint: CheckpointFactory, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from ifp_mlx.fitting.results import FitRecord, Measured, frontier, recommend
 from ifp_mlx.units.amounts import Amounts
 
 F = 1536
+FAITHFUL = Fidelity(0.1, 12.0)
 AMOUNTS = Amounts(F, 64, 64, "FFN units")
 
 
@@ -39,6 +40,15 @@ def test_with_a_budget_the_most_faithful_that_fits_is_recommended() -> None:
 def test_the_users_check_has_the_last_word() -> None:
     rows = [row(F, 100, 0.0, right=9), row(1408, 90, 0.4, right=7), row(1216, 80, 0.5, right=8)]
     assert recommend(rows) is rows[2]
+
+
+def test_an_adapters_part_is_judged_by_the_check_alone() -> None:
+    whole, part = row(F, 100, 0.0, right=5), row(768, 70, 24.0, right=5)
+    adapted = dataclasses.replace(part, is_adapted=True)
+    assert recommend([whole, part]) is whole
+    assert recommend([whole, adapted]) is adapted
+    unchecked = dataclasses.replace(adapted, num_right=None, num_checked=0, fidelity=FAITHFUL)
+    assert recommend([row(F, 100, 0.0), unchecked]).candidate == Candidate(F)  # type: ignore[union-attr]
 
 
 def test_frontier_has_what_nothing_smaller_beats() -> None:

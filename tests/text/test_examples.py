@@ -253,7 +253,7 @@ def _asdict(config: TrainingConfig) -> dict[str, Any]:
         ({"seed": "x"}, "seed must be int"),
         ({"seed": True}, "seed must be int"),
         ({"data": 3}, "data. must be a table"),
-        ({"keep_units": []}, "keep_units"),
+        ({"keep_units": [0]}, "keep_units"),
         ({"stages": [{"tokens": 0}]}, "positive number of tokens"),
         ({"stages": [{"tokens": 1, "document_share": 2.0}]}, "between 0 and 1"),
         ({"batch_tokens": 8}, "batch_tokens"),

@@ -39,7 +39,7 @@ def peak_of_steps(model: nn.Module, run: TrainingConfig) -> int:
     rng = np.random.default_rng(0)
     starts = np.arange(COUNT) * LENGTH
     examples = ExampleSet(
-        tokens=rng.integers(0, 250, LENGTH * COUNT).astype(np.uint16),
+        tokens=rng.integers(0, 67, LENGTH * COUNT).astype(np.uint16),
         is_target=np.ones(LENGTH * COUNT, dtype=np.bool_),
         spans=np.stack([starts, starts + LENGTH], axis=1),
         sources=np.stack([starts, starts + 8], axis=1),
