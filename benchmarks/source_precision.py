@@ -1,6 +1,6 @@
 """Measure what sub-networks of a packed model with an adapter take, and what packing again costs.
 
-    python benchmarks/source_precision.py MODEL --data ../shared/data/eval -o FILE.json
+    python benchmarks/source_precision.py MODEL --data DATA/eval -o FILE.json
 
 Three tasks are cached and one of them exported, all in a temporary folder; sizes are those of the
 files. Cross-entropy on held-out text is that of the exported task's units, as training left them,

@@ -93,7 +93,7 @@ def latency(
         bool,
         typer.Option(
             "--quick",
-            help="A first look, in less than a minute for the default size: 128 tokens read, 8 "
+            help="A first look, in less than a minute for the default size: 64 tokens read, 8 "
             "written, each timed twice; on a CPU in float32, as ifp computes there. The options "
             "above then count only if they are given.",
         ),
@@ -109,7 +109,7 @@ def latency(
     is_given = functools.partial(_is_given, context)
     warmups = 1 if quick else 2
     if quick:
-        prompt = prompt or [128]
+        prompt = prompt or [64]
         new_tokens = new_tokens if is_given("new_tokens") else 8
         repeats = repeats if is_given("repeats") else 2
         decode_repeats = decode_repeats if is_given("decode_repeats") else 2

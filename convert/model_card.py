@@ -75,9 +75,7 @@ class ModelCard:
         if self.adapted:
             facts["Weights"] = "changed by an IFP adapter, then cut"
         if self.requantization_error:
-            facts["Weights packed again"] = (
-                f"relative error {self.requantization_error:.2e}"
-            )
+            facts["Weights packed again"] = f"relative error {self.requantization_error:.2e}"
         table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items())]
         return "\n".join(
             [

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # mlx-lm takes seconds to import
 
     from ifp_mlx.chat.grammar import Grammar
 
+
 @dataclasses.dataclass(frozen=True)
 class GenerationStats:
     """What one reply took.

@@ -1,8 +1,8 @@
 """Reading with a part of a model, writing with the whole of it.
 
 Three quarters of the time to the first token is arithmetic in the FFNs of the prompt's tokens. Both
-models have the same attention, so the keys and values that a part leaves behind serve the whole. That
-costs little cross-entropy and more of what an answer gets right (docs/reading.md): measure it.
+models have the same attention, so the keys and values that a part leaves behind serve the whole.
+It costs little cross-entropy and more of what an answer gets right (docs/reading.md): measure it.
 """
 
 from typing import Any

@@ -131,6 +131,6 @@ def recommend(rows: Sequence[Measured], memory_bytes: int | None = None) -> Meas
     whole = max(rows, key=lambda row: (row.candidate.num_kept_units, row.candidate.bits is None))
     good = [row for row in rows if is_as_good(row, whole)]
     if memory_bytes is None:
-        return min(good, key=lambda row: row.memory_bytes, default=None)
+        return min(good, key=lambda row: (row.memory_bytes, row.disk_bytes), default=None)
     fitting = [row for row in good if row.memory_bytes <= memory_bytes]
     return min(fitting, key=lambda row: row.fidelity.changed, default=None)

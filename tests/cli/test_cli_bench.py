@@ -10,7 +10,7 @@ TINY = ("bench", "latency", "--shape", "tiny", "--predictor-config", "tiny", "--
 
 def test_quick_is_short_but_for_what_is_said(ifp: Run) -> None:
     content = json.loads(ifp(*TINY, "--quick").stdout)
-    assert {row["prompt_tokens"] for row in content["rows"]} == {128}
+    assert {row["prompt_tokens"] for row in content["rows"]} == {64}
     assert {row["new_tokens"] for row in content["rows"]} == {8}
     assert (content["repeats"], content["warmups"], content["decode_repeats"]) == (2, 1, 2)
     asked = ("--prompt", "20", "--new-tokens", "2", "--repeats", "1", "--dtype", "float16")

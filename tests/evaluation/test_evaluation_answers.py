@@ -227,11 +227,11 @@ def test_eval_command_measures_everything_as_json(
 def test_eval_command_has_a_useful_default(
     tiny_checkpoint: Callable[..., Path], texts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = tiny_checkpoint("llama", intermediate_size=640)
+    model = tiny_checkpoint("llama", intermediate_size=1280)
     assert run(["eval", "--data", str(texts), "--model", str(model)]) == 0
     captured = capsys.readouterr()
     rows = [line.split()[0] for line in captured.out.splitlines() if line.strip()]
-    assert rows[1:4] == ["dense", "prompt@576", "random@576"]
+    assert rows[1:4] == ["dense", "prompt@1216", "random@1216"]
     assert {"songs", "sums"} <= set(rows)
     assert "loading" not in captured.out
 

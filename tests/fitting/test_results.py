@@ -30,6 +30,12 @@ def test_smallest_that_keeps_up_is_recommended() -> None:
     assert recommend(rows[:1]) is rows[0]
 
 
+def test_of_two_that_take_as_much_memory_the_smaller_file_is_recommended() -> None:
+    whole = row(F, 100, 0.0)  # a CPU unpacks what is packed
+    packed = dataclasses.replace(row(F, 100, 0.5, bits=6), disk_bytes=40)
+    assert recommend([whole, packed]) is packed
+
+
 def test_with_a_budget_the_most_faithful_that_fits_is_recommended() -> None:
     rows = [row(F, 100, 0.0), row(1408, 90, 0.4), row(F, 60, 1.1, bits=8)]
     assert recommend(rows, 95) is rows[1]

@@ -23,13 +23,11 @@ SIZES = {
 
 def pays(prompt_tokens: int, tokens_read: int, kept: int = 1536) -> bool:
     config = ModelConfig.parse(SIZES, "config.json")
-    return selecting_pays(
-        config, 14336, kept, prompt_tokens=prompt_tokens, tokens_read=tokens_read
-    )
+    return selecting_pays(config, 14336, kept, prompt_tokens=prompt_tokens, tokens_read=tokens_read)
 
 
 def test_a_long_prompt_pays_where_the_selector_reads_a_window() -> None:
-    # 8B -> 3B: a token saves 157 of 218 million multiply-adds a layer; 512 read and 512 for slicing.
+    # 8B -> 3B: a token saves 157 of 218 million multiply-adds a layer; 512 read, 512 for slicing.
     assert [pays(length, min(length, 512)) for length in (100, 1000, 1400, 1600)] == [
         False,
         False,
