@@ -24,7 +24,7 @@ imports: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
 unit: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile
 
 torch: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install --quiet --group parity

@@ -56,8 +56,8 @@ if TYPE_CHECKING:  # mlx-lm takes seconds to import: ``load`` does so beside its
 logger = logging.getLogger(__name__)
 
 DEFAULT_KEEP_RATIO = 0.95
-"""Of FFN units, without an adapter: the least that cost a 0.5B coder nothing that could be measured.
-Nine tenths cost it a sixth of what it got right (docs/fidelity.md)."""
+"""Of FFN units, without an adapter: the least that cost a 0.5B coder nothing that was seen. Nine
+tenths cost it a sixth of what it got right (docs/fidelity.md)."""
 
 DEFAULT_EXPERT_RATIO = 0.75
 DEFAULT_READING_RATIO = 0.5

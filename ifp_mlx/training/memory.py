@@ -104,7 +104,7 @@ def fit_to_memory(
         if predict_training(model, fitted, longest).total_bytes <= available_bytes:
             return fitted
     needed = predict_training(model, fitted, longest)
-    advice = "a smaller `max_tokens` or a smaller model"
+    advice = "shorter examples or a smaller model"
     if not config.lora.rank:
         advice = f"`lora_rank` 16 takes far less; else {advice}"
     raise ResourceError(
