@@ -291,7 +291,7 @@ def test_a_long_first_message_is_answered_by_the_whole_model(
     before, _, after = errors.partition(told)
     assert after
     assert "selected" not in before
-    assert "selected 1152 of 1280 FFN units for this prompt" in after  # /retask
+    assert "selected 1216 of 1280 FFN units for this prompt" in after  # /retask
     assert told not in ifp(*arguments, stdin="short\n").stderr
     assert told not in ifp(*arguments, "--keep-units", "64", stdin=f"{long}\n").stderr
 

@@ -253,6 +253,7 @@ def test_experts_light_up_as_tokens_are_routed(
             page.wait_for_load_state("networkidle")
             assert "more of the latest tokens" not in drawn[0]
             assert "more of the latest tokens" in drawn[-1]
+            page.unroute_all(behavior="ignoreErrors")
             page.close()  # it must not ask while the server stops
     finally:
         engine.stop()
