@@ -52,7 +52,7 @@ def equal_bytes() -> str:
         row(f"{kept} % of the units, 16 bits", f"fidelity/bits-16/kept-{kept}")
         for kept in (90, 67, 50)
     ]
-    return as_table(("", "weights", "functions right", "sums right"), rows)
+    return as_table(("", "weights", "functions right", "word problems right"), rows)
 
 
 def trained() -> str:
