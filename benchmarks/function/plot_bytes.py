@@ -10,6 +10,7 @@ from pathlib import Path
 
 import matplotlib
 from analyse import Line, load
+from matplotlib.axes import Axes
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -43,7 +44,7 @@ def _is_whole(line: Line) -> bool:
     return bool(line["kept_units"] == line["units"])
 
 
-def _draw(axes: pyplot.Axes, lines: list[Line], label: str, colour: str) -> None:
+def _draw(axes: Axes, lines: list[Line], label: str, colour: str) -> None:
     own = [x for x in lines if x["row"]["name"].startswith(PREFIX) or x["row"]["name"] == "whole"]
     own.sort(key=lambda line: line["part_bytes"])
     sizes = [line["part_bytes"] / 1e6 for line in own]
