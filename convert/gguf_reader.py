@@ -10,6 +10,7 @@ import math
 import mmap
 import re
 import struct
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,18 @@ class _Part:
             if name in tensors:
                 raise self._fail(f"tensor {name!r} is there twice")
             tensors[name] = self._tensor(name, shape, kind_number, start + offset)
+        self._check_overlaps(tensors)
         return tensors
+
+    def _check_overlaps(self, tensors: dict[str, GGUFTensor]) -> None:
+        # A writer that reserves too little for a tensor lets its end be read from the next one.
+        ordered = sorted(tensors.items(), key=lambda item: item[1].offset)
+        for (name, tensor), (next_name, following) in pairwise(ordered):
+            if tensor.offset + tensor.num_bytes > following.offset:
+                raise CheckpointError(
+                    f"{self.path}: tensors {name!r} and {next_name!r} overlap, so the file was "
+                    "written wrongly; get another version of this model"
+                )
 
     def _tensor(
         self, name: str, shape: tuple[int, ...], kind_number: int, offset: int

@@ -100,4 +100,11 @@ def _why_none(path: Path) -> str:
         return f"{path} has only GGUF weights; give the file itself to ifp convert: {ggufs[0]}"
     if (path / "adapter_model.safetensors").exists():
         return f"{path} holds an adapter, not a model; merge it into its base model first"
+    if others := sorted(p.name for p in path.glob("*.safetensors")):
+        to_do = (
+            f"rename it to {_SINGLE} if it is the whole model"
+            if len(others) == 1
+            else f"get {INDEX}, which says what belongs to the model, or a version that has it"
+        )
+        return f"{path} has no model*.safetensors, but {named(others)}; {to_do}"
     return f"{path} has no model*.safetensors; convert or download it again"

@@ -10,6 +10,7 @@ import collections
 import json
 import logging
 import lzma
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 MAX_LINE_BYTES = 4_000_000
 """A longer line is a damaged file rather than an example."""
+
+
+_ARRAY_START = re.compile(rb"\s*\[\s*(\{|$)")
 
 
 class BadLines:
@@ -100,6 +104,7 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any], str | None]]:
                 if number == 1:
                     _refuse_utf_16(path, line)
                     line = line.removeprefix(codecs.BOM_UTF8)
+                    _refuse_array(path, line)
                 if len(line) > MAX_LINE_BYTES:
                     while line and not line.endswith(b"\n"):
                         line = file.readline(MAX_LINE_BYTES)
@@ -194,6 +199,13 @@ def _refuse_utf_16(path: Path, line: bytes) -> None:
     if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in line[:4]:
         raise DataError(
             f"{path} is UTF-16 text; convert it first, for example with iconv -f UTF-16 -t UTF-8"
+        )
+
+
+def _refuse_array(path: Path, line: bytes) -> None:
+    if _ARRAY_START.match(line):
+        raise DataError(
+            f"{path} is one JSON array; write one object a line first, for example with jq -c '.[]'"
         )
 
 

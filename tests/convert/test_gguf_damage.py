@@ -45,6 +45,22 @@ def test_truncated_file_is_one_line(tiny_gguf: GGUFFactory, tmp_path: Path, kept
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tensor_that_reaches_into_the_next_is_refused(
+    tiny_gguf: GGUFFactory, tmp_path: Path
+) -> None:
+    path = tiny_gguf()
+    tensor = GGUFFile(path).tensors["blk.0.ffn_up.weight"]
+    content = bytearray(path.read_bytes())
+    name = tensor.name.encode()
+    entry = content.index(struct.pack("<Q", len(name)) + name) + 8 + len(name)
+    at = entry + 4 + 8 * len(tensor.shape) + 4  # past the rank, the shape and the type
+    struct.pack_into("<Q", content, at, struct.unpack_from("<Q", content, at)[0] - 64)
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"'blk\.0\.ffn_up\.weight' overlap.*get another"):
+        convert_checkpoint(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_mutated_files_are_read_or_refused(tiny_gguf: GGUFFactory, tmp_path: Path) -> None:
     original = tiny_gguf().read_bytes()
     header_end = original.index(b"blk.2.ffn_up.weight")

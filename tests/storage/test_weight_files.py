@@ -101,6 +101,7 @@ def test_a_stale_index_is_named_with_what_to_do(tiny_checkpoint: CheckpointFacto
         ("model.Q4_0.gguf", r"give the file itself to ifp convert: model\.Q4_0\.gguf"),
         ("adapter_model.safetensors", "holds an adapter, not a model; merge it"),
         ("pytorch_model.bin", "only pickled weights"),
+        ("weights.safetensors", r"but weights\.safetensors; rename it to model\.safetensors if"),
     ],
 )
 def test_what_is_there_instead_of_weights_is_called_by_its_name(
@@ -109,6 +110,14 @@ def test_what_is_there_instead_of_weights_is_called_by_its_name(
     folder = tiny_checkpoint()
     (folder / "model.safetensors").rename(folder / name)
     with pytest.raises(CheckpointError, match=message):
+        load_model(folder)
+
+
+def test_several_files_under_other_names_need_an_index(tiny_checkpoint: CheckpointFactory) -> None:
+    folder = tiny_checkpoint()
+    (folder / "model.safetensors").rename(folder / "part-a.safetensors")
+    (folder / "part-b.safetensors").write_bytes((folder / "part-a.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"part-a\S+, part-b\S+; get \S+index\.json, which"):
         load_model(folder)
 
 

@@ -68,6 +68,15 @@ def test_utf_16_is_called_by_its_name(tmp_path: Path, encoding: str, skip: bool)
         read(path, skip=skip)
 
 
+@pytest.mark.parametrize("content", [f"[{LINE}]", f"[\n  {LINE}\n]\n", f"\ufeff[ {LINE},\n{LINE}]"])
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_json_array_is_called_by_its_name(tmp_path: Path, content: str, skip: bool) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=r"a\.json is one JSON array; write one object a line"):
+        read(path, skip=skip)
+
+
 def test_half_a_character_is_a_bad_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "\\ud83d", "response": "x"}\n' + LINE + "\n")
