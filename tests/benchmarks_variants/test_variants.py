@@ -5,6 +5,7 @@ import lzma
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.nn as nn
 import numpy as np
@@ -76,8 +77,9 @@ def test_every_variant_starts_as_the_dense_model(dense: Mixture) -> None:
 def test_a_group_is_read_and_trained_by_its_own_variant_alone(dense: Mixture) -> None:
     rows = make_rows(2)
     model = VariantModel.grown(dense, 2)
+    layers: Any = model.layers
     with torch.no_grad():
-        for layer in model.layers:
+        for layer in layers:
             layer.w2[1] *= 2
     tokens = torch.from_numpy(rows.tokens.astype(np.int64))
     together = model(tokens, torch.float32)
@@ -85,7 +87,7 @@ def test_a_group_is_read_and_trained_by_its_own_variant_alone(dense: Mixture) ->
         alone = model(tokens[4 * group : 4 * group + 4], torch.float32, group)
         torch.testing.assert_close(together[4 * group : 4 * group + 4], alone)
     together[:4].sum().backward()
-    for layer in model.layers:
+    for layer in layers:
         assert float(layer.w13.grad[0].abs().max()) > 0 == float(layer.w13.grad[1].abs().max())
 
 
@@ -97,7 +99,7 @@ def test_gradients_of_the_variants_add_up_to_the_dense_one(dense: Mixture) -> No
         model = VariantModel.grown(dense, num_variants)
         loss = summed_loss(model, batch, torch.float32, CHUNK)
         loss.backward()
-        layer = model.layers[1]
+        layer: Any = model.layers[1]
         gradients.append((loss.detach(), layer.w13.grad.sum(0), layer.w2.grad.sum(0), layer.o.grad))
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
