@@ -174,7 +174,7 @@ def test_a_grown_mixture_starts_as_the_dense_model(
     assert float(statistics[:, -1].min()) == 4.0  # every token sees each slice once
     with torch.no_grad():
         for parameter in mixture.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
             parameter.copy_(parameter.bfloat16().float())
         hidden = mixture(ids, torch.float32)[0]
     write_checkpoint(mixture, source, config, tmp_path / "mixture")
