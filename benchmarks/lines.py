@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,8 @@ import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
+
+from startup import children_cpu_s
 
 from ifp_mlx.benchmarking.report import markdown_table
 from ifp_mlx.convert.registry import resolve_model
@@ -63,7 +64,7 @@ def prompts() -> list[str]:
 
 def timed(command: list[str], environment: dict[str, str]) -> tuple[float, float, str]:
     """Run a command; return seconds, CPU seconds and what it printed."""
-    before_s = _children_cpu_s()
+    before_s = children_cpu_s()
     start = time.perf_counter()
     done = subprocess.run(
         command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
@@ -71,12 +72,7 @@ def timed(command: list[str], environment: dict[str, str]) -> tuple[float, float
     passed_s = time.perf_counter() - start
     if done.returncode:
         raise SystemExit(f"{' '.join(command[:4])} failed: {done.stderr}")
-    return passed_s, _children_cpu_s() - before_s, done.stdout
-
-
-def _children_cpu_s() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+    return passed_s, children_cpu_s() - before_s, done.stdout
 
 
 def main() -> None:

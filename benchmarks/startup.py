@@ -44,7 +44,7 @@ def first_answer(
     command: list[str], environment: dict[str, str], stdin: bytes, header: bytes
 ) -> tuple[float, float, bytes]:
     """Run a command; return seconds to the answer's first byte, CPU seconds in all, its output."""
-    cpu_before_s = _children_cpu_s()
+    cpu_before_s = children_cpu_s()
     start = time.perf_counter()
     with subprocess.Popen(
         command,
@@ -66,10 +66,11 @@ def first_answer(
                 first_s = time.perf_counter() - start
     if process.returncode:
         raise SystemExit(f"{' '.join(command[:3])} failed with {process.returncode}")
-    return first_s, _children_cpu_s() - cpu_before_s, output.removeprefix(header)
+    return first_s, children_cpu_s() - cpu_before_s, output.removeprefix(header)
 
 
-def _children_cpu_s() -> float:
+def children_cpu_s() -> float:
+    """Return the CPU seconds of all child processes that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

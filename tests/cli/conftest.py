@@ -1,11 +1,14 @@
 """A tiny checkpoint that answers in readable words, and a way to run ``ifp`` in this process."""
 
 import dataclasses
+import importlib.util
 import io
 import json
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -186,3 +189,23 @@ def ifp(
         return Outcome(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def open_ifp(tmp_path: Path) -> Callable[..., AbstractContextManager[Any]]:
+    """Return a function that runs ``ifp`` on a terminal, with its own home folder."""
+    # Test folders are no packages: the module beside this one is loaded by its path.
+    path = Path(__file__).with_name("terminal.py")
+    spec = importlib.util.spec_from_file_location("ifp_test_terminal", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def open_it(*arguments: str | Path, **options: Any) -> AbstractContextManager[Any]:
+        opened: AbstractContextManager[Any] = module.terminal(
+            *arguments, **{"IFP_HOME": str(tmp_path / "home"), **options}
+        )
+        return opened
+
+    return open_it

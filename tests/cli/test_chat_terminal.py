@@ -1,6 +1,6 @@
 """Chat as a person uses it, on a terminal."""
 
-import importlib.util
+import functools
 import json
 import re
 import stat
@@ -13,27 +13,13 @@ import pytest
 
 from ifp_mlx.chat.session import Session
 
-pytest.importorskip("pyte")
 OpenTerminal = Callable[..., AbstractContextManager[Any]]
 
 
 @pytest.fixture
-def open_chat(tmp_path: Path) -> OpenTerminal:
+def open_chat(open_ifp: OpenTerminal) -> OpenTerminal:
     """Return a function that opens ``ifp chat`` on a terminal, with its own home folder."""
-    # Test folders are no packages: the module beside this one is loaded by its path.
-    path = Path(__file__).with_name("terminal.py")
-    spec = importlib.util.spec_from_file_location("ifp_test_terminal", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    terminal: OpenTerminal = module.terminal
-
-    def open_it(*arguments: str | Path, **options: Any) -> AbstractContextManager[Any]:
-        options.setdefault("IFP_HOME", str(tmp_path / "home"))
-        return terminal("chat", *arguments, **options)
-
-    return open_it
+    return functools.partial(open_ifp, "chat")
 
 
 def test_lines_fit_80_columns_and_the_menu_has_the_terminals_own_colours(

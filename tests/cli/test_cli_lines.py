@@ -138,7 +138,6 @@ def test_lines_refuse_what_cannot_be(ifp: Run, arguments: list[str], part: str) 
 
 
 def test_lines_fit_a_schema(ifp: Run, word_model: Path, tmp_path: Path) -> None:
-    pytest.importorskip("llguidance")
     schema = tmp_path / "schema.json"
     schema.write_text(
         '{"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}'

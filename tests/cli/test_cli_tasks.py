@@ -65,7 +65,6 @@ def test_tasks_leaves_out_a_damaged_entry(filled: Run) -> None:
 
 
 def test_tasks_draws_a_picture(filled: Run, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     picture = tmp_path / "tasks.png"
     assert filled("cache", "list", "--tree", "--png", picture).code == 0
     assert picture.read_bytes().startswith(b"\x89PNG")

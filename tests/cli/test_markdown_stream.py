@@ -1,12 +1,11 @@
 import io
 import random
 
+import pyte
 import pytest
 from rich.console import Console
 
 from ifp_mlx.cli.markdown_stream import MarkdownStream, split_blocks
-
-pyte = pytest.importorskip("pyte")
 
 TEXT = """# A heading
 

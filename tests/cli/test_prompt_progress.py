@@ -1,6 +1,5 @@
 """While a long prompt is read, a terminal shows how far; Ctrl-C stops it."""
 
-import importlib.util
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,27 +10,8 @@ import pytest
 
 from ifp_mlx.cli.prompt_progress import reading_line
 
-pytest.importorskip("pyte")
 OpenTerminal = Callable[..., AbstractContextManager[Any]]
 NUM_WORDS = 12_000
-
-
-@pytest.fixture
-def open_ifp(tmp_path: Path) -> OpenTerminal:
-    """Return a function that runs ``ifp`` on a terminal, with its own home folder."""
-    path = Path(__file__).with_name("terminal.py")
-    spec = importlib.util.spec_from_file_location("ifp_test_terminal", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    terminal: OpenTerminal = module.terminal
-
-    def open_it(*arguments: str | Path, **options: Any) -> AbstractContextManager[Any]:
-        return terminal(*arguments, IFP_HOME=str(tmp_path / "home"), **options)
-
-    return open_it
 
 
 @pytest.mark.parametrize(

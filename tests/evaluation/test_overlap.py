@@ -107,7 +107,6 @@ def test_overlap_refuses_what_says_nothing() -> None:
 
 
 def test_heat_maps_are_three_pictures(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     analysis = overlap(make_masks(6, layers=5, units=20, kept=7))
     paths = write_heat_maps(analysis, tmp_path / "maps")
     names = ["overlap-first-layer.png", "overlap-middle-layer.png", "overlap-last-layer.png"]
@@ -147,7 +146,6 @@ def test_overlap_command_prints_json(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pytest.importorskip("matplotlib")
     model = str(tiny_checkpoint())
     maps = tmp_path / "maps"
     arguments = ["overlap", "--data", str(texts), "--selector", "prompt", "--keep-units", "64"]
