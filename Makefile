@@ -38,8 +38,9 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 
+# setuptools warns about what an editable installation is for, whoever asked for one.
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable ".[plots]"
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable ".[plots]"
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

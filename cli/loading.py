@@ -142,7 +142,7 @@ def _cautions(assistant: Assistant, kept: int, task: str | None) -> list[str]:
     """Return what speaks against a sub-network, a line each; what was measured is not doubted."""
     setting = task_setting(assistant.model_path, task)
     measured = setting is not None and kept >= setting.num_kept_units
-    if measured or assistant.files.is_adapted or kept == assistant.num_units:
+    if measured or kept == assistant.num_units:
         return []
     lines = []
     if (caution := _caution_about(assistant, kept)) is not None:
@@ -165,6 +165,12 @@ def _caution_about(assistant: Assistant, kept: int) -> str | None:
         if share > RISKY_EXPERT_SHARE:
             return None
         return f"{share:.0%} of the {label}: risky, and not measured for this task; ifp fit does it"
+    adapter = assistant.files.adapter
+    if adapter is not None and assistant.files.is_adapted:
+        least = min(adapter.keep_units)
+        if kept >= least:
+            return None
+        return f"{kept} {label}: the adapter was trained for {least} and more; ifp fit measures it"
     if kept >= assistant.default_num_kept_units:
         return None
     return (

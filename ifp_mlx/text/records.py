@@ -112,7 +112,8 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any], str | None]]:
                 elif line.strip():
                     yield number, *_parse(line)
     except (OSError, EOFError, lzma.LZMAError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{path} cannot be read: {reason}") from error
 
 
 def is_usable_text(value: object) -> bool:

@@ -62,6 +62,14 @@ def test_train_makes_an_adapter_that_generate_uses(
     )  # fmt: skip
     assert used.code == 0, used.stderr
     assert "predictor" in used.stderr
+    assert "the adapter was trained for" not in used.stderr
+    manifest = Path(record["adapter"]) / "adapter.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"keep_units": [128]}))
+    cut_more = ifp(
+        "generate", "add 3 to 1", "--model", small_model, "--adapter", record["adapter"],
+        "--keep-units", "64", "-m", "2",
+    )  # fmt: skip
+    assert "64 FFN units: the adapter was trained for 128 and more" in cut_more.stderr
 
 
 def test_train_distils_from_a_dense_run(
