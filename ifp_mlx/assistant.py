@@ -13,10 +13,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ifp_mlx.adapters.adapter import Adapter, load_adapter
-from ifp_mlx.adapters.shipped import find_companion
-from ifp_mlx.errors import AdapterError, ResourceError, UsageError
-from ifp_mlx.selection.calibration import Calibration
+from ifp_mlx.errors import ResourceError, UsageError
 from ifp_mlx.selection.selection import Selection
 from ifp_mlx.selection.selectors import NamedSelector, select
 from ifp_mlx.selection.spec import SelectorSpec
@@ -32,6 +29,7 @@ from ifp_mlx.subnets import memory
 from ifp_mlx.subnets.compact_models import CompactModels
 from ifp_mlx.subnets.compact_store import CompactStore, module_digest
 from ifp_mlx.subnets.dense_model import DenseModel, open_dense_model
+from ifp_mlx.subnets.model_files import ModelFiles, find_adapter, find_calibration, misfit
 from ifp_mlx.subnets.prompt_selection import selecting_pays
 from ifp_mlx.subnets.selectors import (
     SELECTORS,
@@ -45,7 +43,6 @@ from ifp_mlx.subnets.task_cache import CacheKey, Reuse, TaskCache, fold_task
 from ifp_mlx.text.task_examples import TaskExample
 from ifp_mlx.units.amounts import Amounts
 from ifp_mlx.units.kinds import UnitKind
-from ifp_mlx.units.model_config import ModelConfig
 
 if TYPE_CHECKING:  # mlx-lm takes seconds to import: ``load`` does so beside its own work
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -71,40 +68,6 @@ PREDICTED_REUSE_OVERLAP = 0.92
 """Predicted sub-networks that have more than this in common are worth a word. Half of those were of
 different tasks (docs/chat.md), so they are shared on request only. Other selectors tell tasks apart
 too little to compare them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelFiles:
-    """A checkpoint and what belongs to it, read or found.
-
-    Attributes:
-        path: the checkpoint directory.
-        config: its configuration.
-        adapter: the IFP adapter in use, if any.
-        calibration: the calibrated prior, if any.
-        selector: which selector is in use.
-    """
-
-    path: Path
-    config: ModelConfig
-    adapter: Adapter | None
-    calibration: Calibration | None
-    selector: SelectorSpec
-
-    @property
-    def for_selectors(self) -> SelectorFiles:
-        """What selectors are made from."""
-        return SelectorFiles(self.adapter, self.calibration)
-
-    @property
-    def is_adapted(self) -> bool:
-        """Whether the adapter's changes are applied: they belong to its own predictor's units."""
-        return self.adapter is not None and SELECTORS[self.selector.name].needs == "adapter"
-
-    @property
-    def adapter_fingerprint(self) -> str:
-        """Empty without an adapter."""
-        return "" if self.adapter is None else self.adapter.fingerprint
 
 
 class Assistant:
@@ -186,11 +149,11 @@ class Assistant:
         open_dense = functools.cache(
             functools.partial(open_dense_model, path, options, lazy=not preload)
         )
-        prior = _find_calibration(path, config, calibration)
+        prior = find_calibration(path, config, calibration)
         if reads_with_part and adapter is not None:
             raise UsageError("what only reads is cut from the model itself; leave out `adapter`")
         use_adapter = use_adapter and not reads_with_part
-        found = _find_adapter(path, config, adapter) if use_adapter else None
+        found = find_adapter(path, config, adapter) if use_adapter else None
         if reads_with_part and selector is None and prior is not None:
             selector = SelectorSpec("static")  # selecting must not cost what reading saves
         chosen = choose_selector(selector, SelectorFiles(found, prior))
@@ -201,7 +164,7 @@ class Assistant:
         is_proven = store is not None and store.is_known() and not preload
         if found is not None and not is_proven:
             found.verify()
-            if adapter is None and (reason := _misfit(found, open_dense)) is not None:
+            if adapter is None and (reason := misfit(found, open_dense)) is not None:
                 logger.warning("the adapter that was found is left out: %s", reason)
                 chosen = choose_selector(selector, SelectorFiles(None, prior))
                 files = dataclasses.replace(files, adapter=None, selector=chosen)
@@ -594,25 +557,6 @@ class Assistant:
             source=cut.source,
             **facts,
         )
-
-
-def _find_calibration(path: Path, config: ModelConfig, named: Path | None) -> Calibration | None:
-    found = named or find_companion(path, config, "calibration.safetensors")
-    return Calibration.load(found) if found else None
-
-
-def _find_adapter(path: Path, config: ModelConfig, named: Path | None) -> Adapter | None:
-    found = named or find_companion(path, config, "adapter")
-    return load_adapter(found, verify=False) if found else None
-
-
-def _misfit(adapter: Adapter, open_dense: Callable[[], DenseModel]) -> str | None:
-    """Return why an adapter does not belong to the model, None if it does. Evaluates."""
-    try:
-        adapter.check_base(open_dense().reader)
-    except AdapterError as error:
-        return str(error)
-    return None
 
 
 def _store_of(

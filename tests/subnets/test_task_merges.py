@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from ifp_mlx.assistant import Assistant, ModelFiles
+from ifp_mlx.assistant import Assistant
 from ifp_mlx.cli.loading import describe_subnetwork
 from ifp_mlx.cli.options import AssistantOptions
 from ifp_mlx.selection.selectors import select_random
+from ifp_mlx.subnets.model_files import ModelFiles
 from ifp_mlx.subnets.task_cache import TaskCache
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
