@@ -141,7 +141,12 @@ def choose_subnetwork(
 def _cautions(assistant: Assistant, kept: int, task: str | None) -> list[str]:
     """Return what speaks against a sub-network, a line each; what was measured is not doubted."""
     setting = task_setting(assistant.model_path, task)
-    measured = setting is not None and kept >= setting.num_kept_units
+    measured = (
+        setting is not None
+        and kept >= setting.num_kept_units
+        # What may read was not found fit to write; what may write may read.
+        and (assistant.reads_with_part or not setting.only_reads)
+    )
     if measured or kept == assistant.num_units:
         return []
     lines = []

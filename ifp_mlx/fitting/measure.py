@@ -99,7 +99,6 @@ class Fit:
         self._references: list[tuple[TaskExample, Reference]] = []
         self._selections: dict[int, Selection] = {}
         self._lost: list[Candidate] = []
-        self._packed_bytes = 0  # of the candidate of fewer bits that was made last
         if not assistant.keeps_whole and any(e.answer is None for e in halves.measuring):
             raise DataError(
                 "the whole model does not fit in memory, so it cannot answer the examples itself; "
@@ -152,8 +151,8 @@ class Fit:
         is_whole = candidate == Candidate(self._assistant.num_units)
         if is_whole and not self._assistant.keeps_whole:
             fidelity = Fidelity.of([Comparison.same(one) for _, one in self._references])
-            return self._measured(candidate, None, fidelity)
-        subnet = self._make(candidate)
+            return self._measured(candidate, fidelity)
+        subnet, packed_bytes = self._make(candidate)
         model = self._assistant.converse(subnet).model
         compared: list[Comparison] = []
         for number, (_, reference) in enumerate(self._references, start=1):
@@ -163,12 +162,12 @@ class Fit:
             is_far = Fidelity.of(compared).changed > LOST_CHANGED
             if number == FIRST_LOOK and is_far and not self._is_adapted(candidate):
                 progress(label, num_examples, num_examples)
-                measured = self._measured(candidate, subnet, Fidelity.of(compared))
+                measured = self._measured(candidate, Fidelity.of(compared), subnet, packed_bytes)
                 return dataclasses.replace(measured, is_lost=True)
             progress(label, number - (number == num_examples), num_examples)
         stats = self._answer(model, self._references[0][1].prompt_ids, _SPEED_TOKENS)[1]
         measured = dataclasses.replace(
-            self._measured(candidate, subnet, Fidelity.of(compared)),
+            self._measured(candidate, Fidelity.of(compared), subnet, packed_bytes),
             tokens_per_s=None if stats is None else stats.generation_tps,
             first_token_s=None if stats is None else stats.time_to_first_token_s,
         )
@@ -205,16 +204,16 @@ class Fit:
             raise DataError("the whole model answers none of the examples; look at them")
         return references
 
-    def _make(self, candidate: Candidate) -> SubNetwork:
-        """Return what a candidate answers with. Evaluates."""
+    def _make(self, candidate: Candidate) -> tuple[SubNetwork, int]:
+        """Return what a candidate answers with, and its bytes on disk if its bits are fewer."""
         assistant, kept = self._assistant, candidate.num_kept_units
         subnet = assistant.dense() if kept == assistant.num_units else self._part(kept)
         if candidate.only_reads:
-            return dataclasses.replace(assistant.dense(), task=self._task, reader=subnet)
+            return dataclasses.replace(assistant.dense(), task=self._task, reader=subnet), 0
         if candidate.bits is None:
-            return subnet
-        model, self._packed_bytes = with_fewer_bits(subnet.model, candidate.bits)
-        return dataclasses.replace(subnet, model=model)
+            return subnet, 0
+        model, packed_bytes = with_fewer_bits(subnet.model, candidate.bits)
+        return dataclasses.replace(subnet, model=model), packed_bytes
 
     def _part(self, num_kept_units: int) -> SubNetwork:
         """Return the sub-network of the task. Evaluates."""
@@ -226,7 +225,11 @@ class Fit:
         return assistant.subnetwork_of(selections[num_kept_units])
 
     def _measured(
-        self, candidate: Candidate, subnet: SubNetwork | None, fidelity: Fidelity
+        self,
+        candidate: Candidate,
+        fidelity: Fidelity,
+        subnet: SubNetwork | None = None,
+        packed_bytes: int = 0,
     ) -> Measured:
         assistant, kept = self._assistant, candidate.num_kept_units
         prediction = assistant.predict_memory(kept)
@@ -242,7 +245,7 @@ class Fit:
             assert subnet is not None
             weights_bytes = stored_bytes(subnet.model)
             memory_bytes += weights_bytes - prediction.weights_bytes
-            disk_bytes = self._packed_bytes
+            disk_bytes = packed_bytes
         is_adapted = self._is_adapted(candidate)
         return Measured(candidate, disk_bytes, memory_bytes, fidelity, is_adapted=is_adapted)
 

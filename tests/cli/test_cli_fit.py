@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ifp_mlx.fitting.candidates import Candidate
+from ifp_mlx.storage.home import task_settings_folder
 
 Run = Callable[..., Any]
 TASK = ("--task", "say the alphabet")
@@ -66,6 +67,22 @@ def test_what_fit_found_is_used_for_the_task(
     assert "cache hit" in answer.stderr
     assert "128 of 192 FFN units" in answer.stderr
     assert "not measured" not in answer.stderr
+
+
+def test_what_was_found_fit_to_read_is_not_fit_to_write(
+    fit: Run, ifp: Run, word_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ifp_mlx.fitting.results.MOST_CHANGED", 100.0)
+    two = [Candidate(192), Candidate(128)]
+    monkeypatch.setattr("ifp_mlx.fitting.measure.candidates", lambda *_, **__: iter(two))
+    assert fit("--use").code == 0
+    (path,) = task_settings_folder().glob("*.json")
+    content = json.loads(path.read_text())
+    content["setting"]["only_reads"] = True
+    path.write_text(json.dumps(content))
+    words = ("generate", "hello", "--model", word_model, *TASK, "--keep", "0.67", "-m", "2")
+    assert "not measured" not in ifp(*words, "--read-with", "part").stderr
+    assert "not measured for this task" in ifp(*words, "--read-with", "whole").stderr
 
 
 def test_a_budget_below_anything_recommends_nothing(fit: Run) -> None:
