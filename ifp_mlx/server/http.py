@@ -21,6 +21,7 @@ from ifp_mlx.server.access import Access
 from ifp_mlx.server.api_error import APIError
 from ifp_mlx.server.bodies import Body
 from ifp_mlx.server.catalog import ModelCatalog
+from ifp_mlx.server.content import Content
 from ifp_mlx.server.engine import Engine
 from ifp_mlx.server.fields import parse_json
 from ifp_mlx.server.replies import Answers
@@ -73,15 +74,6 @@ class Limits:
             raise UsageError("the server's limits must be above 0")
 
 
-@dataclasses.dataclass(frozen=True)
-class StaticFile:
-    """Something to be served as it is, to anybody, such as the page at ``/``."""
-
-    content_type: str
-    raw: bytes
-    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-
 class ClientGone(Exception):
     """The client closed its connection: nobody reads the answer."""
 
@@ -118,7 +110,7 @@ class Server(ThreadingHTTPServer):
         limits: Limits,
         access: Access,
         log: RequestLog,
-        files: Mapping[str, StaticFile] | None = None,
+        files: Mapping[str, Content] | None = None,
     ):
         self.engine = engine
         self.catalog = catalog

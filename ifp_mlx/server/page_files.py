@@ -2,7 +2,7 @@
 
 from importlib.resources import files
 
-from ifp_mlx.server.http import StaticFile
+from ifp_mlx.server.content import Content
 
 _TYPES = {
     ".css": "text/css; charset=utf-8",
@@ -22,12 +22,12 @@ _HEADERS = {
 }
 
 
-def page_files() -> dict[str, StaticFile]:
+def page_files() -> dict[str, Content]:
     """Return the page's files by path: ``/``, and ``/page/NAME`` for what it is made of."""
     served = {}
     for file in (files("ifp_mlx.server") / "page").iterdir():
         suffix = f".{file.name.rpartition('.')[2]}"
         if suffix in _TYPES:
             path = "/" if file.name == "index.html" else f"/page/{file.name}"
-            served[path] = StaticFile(_TYPES[suffix], file.read_bytes(), _HEADERS)
+            served[path] = Content(_TYPES[suffix], file.read_bytes(), _HEADERS)
     return served

@@ -10,6 +10,7 @@ from ifp_mlx.pictures.subnetwork import DEFAULT_WIDTH, WIDTHS, Subject, describe
 from ifp_mlx.pictures.unit_map import Shares
 from ifp_mlx.server.api_error import APIError
 from ifp_mlx.server.catalog import DENSE_NAME, ModelCatalog, SubnetRequest
+from ifp_mlx.server.content import Content
 from ifp_mlx.server.engine import Engine
 from ifp_mlx.server.seen_subnets import SubnetFacts
 
@@ -25,15 +26,6 @@ _PICTURE_HEADERS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class View:
-    """An answer."""
-
-    content_type: str
-    raw: bytes
-    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
 class Route:
     """What answers a path.
 
@@ -43,7 +35,7 @@ class Route:
     """
 
     method: str
-    answer: Callable[[Query, Callable[[], None]], View]
+    answer: Callable[[Query, Callable[[], None]], Content]
 
 
 class TaskViews:
@@ -73,7 +65,7 @@ class TaskViews:
             "/ifp/select": Route("POST", self.select),
         }
 
-    def select(self, query: Query, check: Callable[[], None]) -> View:
+    def select(self, query: Query, check: Callable[[], None]) -> Content:
         """Select for the description in the field ``task``; return what is told of the task.
 
         Raises:
@@ -84,7 +76,7 @@ class TaskViews:
         facts = self._engine.facts(self._request(task), self._time_limit_s, check)
         return _json(self._task(task, facts))
 
-    def tasks(self, query: Query, check: Callable[[], None]) -> View:
+    def tasks(self, query: Query, check: Callable[[], None]) -> Content:
         """Return every served task, and those selected ones in the fields ``task``, as JSON.
 
         Raises:
@@ -127,7 +119,7 @@ class TaskViews:
             }
         )
 
-    def units(self, query: Query, check: Callable[[], None]) -> View:
+    def units(self, query: Query, check: Callable[[], None]) -> Content:
         """Return a task's units layer by layer, and how many another one shares, as JSON."""
         one, other = self._subjects(query, check)
         layers = []
@@ -139,7 +131,7 @@ class TaskViews:
             layers.append(row)
         return _json({"description": describe(one, other), "layers": layers})
 
-    def picture(self, query: Query, check: Callable[[], None]) -> View:
+    def picture(self, query: Query, check: Callable[[], None]) -> Content:
         """Return a task's picture, ``width`` pixels wide, as SVG.
 
         With ``routed`` that of a mixture shows where the latest tokens went.
@@ -152,7 +144,7 @@ class TaskViews:
             raise APIError(400, "width must be a number of pixels", param="width")
         width = min(max(int(given[:6]), WIDTHS[0]), WIDTHS[1])
         raw = draw(one, other, width=width).encode()
-        return View("image/svg+xml", raw, _PICTURE_HEADERS)
+        return Content("image/svg+xml", raw, _PICTURE_HEADERS)
 
     def _subjects(self, query: Query, check: Callable[[], None]) -> tuple[Subject, Subject | None]:
         one, against = self._subject(_task_of(query), check), _one(query, "against")
@@ -217,5 +209,5 @@ def _one(query: Query, name: str) -> str | None:
     return next(iter(query.get(name, ())), None)
 
 
-def _json(body: dict[str, Any]) -> View:
-    return View("application/json", json.dumps(body).encode(), {"Cache-Control": "no-store"})
+def _json(body: dict[str, Any]) -> Content:
+    return Content("application/json", json.dumps(body).encode(), {"Cache-Control": "no-store"})

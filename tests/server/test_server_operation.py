@@ -19,8 +19,8 @@ from ifp_mlx.assistant import Assistant
 from ifp_mlx.chat.kv_cache import KVCache
 from ifp_mlx.errors import ResourceError
 from ifp_mlx.server.access import Access
+from ifp_mlx.server.content import Content
 from ifp_mlx.server.engine import Engine
-from ifp_mlx.server.http import StaticFile
 from ifp_mlx.server.kv_caches import KVCacheFolder
 from ifp_mlx.server.request_log import RequestLog, RequestRecord
 from ifp_mlx.server.subnet_provider import EngineOptions, Prepared
@@ -133,7 +133,7 @@ def test_files_are_served_as_they_are(engine: Engine, serve: Serve) -> None:
     with serve(engine, access=Access("sesame")) as running:
         running.server.files = {}
         assert get(running, "/")[0] == 404
-        page = StaticFile("text/html; charset=utf-8", b"<p>hi", {"Cache-Control": "no-cache"})
+        page = Content("text/html; charset=utf-8", b"<p>hi", {"Cache-Control": "no-cache"})
         running.server.files = {"/": page}
         status, headers, body = get(running, "/")  # a page must load before it can ask for the key
         assert (status, body) == (200, b"<p>hi")
