@@ -26,7 +26,7 @@ GGUFFactory = Callable[..., Path]
 EditConfig = Callable[..., None]
 TOKENS = mx.array([[3, 60, 5, 41, 7, 9]])
 UNSET = 0xFFFFFFFF
-NUM_MUTATIONS = int(os.environ.get("IFP_MUTATIONS", "150"))
+NUM_MUTATIONS = int(os.environ.get("IFP_TEST_MUTATIONS", "150"))
 
 
 def messages_of(caplog: pytest.LogCaptureFixture) -> list[str]:
