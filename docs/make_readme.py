@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import make_fits
+from make_function import QWEN
+from make_function import rows as rows_of
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "README.md"
-FUNCTION = ROOT / "benchmarks" / "results" / "function" / "qwen2.5-coder-0.5b.jsonl"
 HELD_OUT = ROOT / "docs" / "training" / "held-out.jsonl"
 
 TRAINED = {
@@ -39,10 +40,10 @@ def as_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def equal_bytes() -> str:
     """Return function against bytes: the whole model in fewer bits, and fewer FFN units."""
-    found = {record["key"].partition("|")[2]: record for record in read(FUNCTION)}
+    found = rows_of(QWEN)
 
     def row(label: str, key: str) -> list[str]:
-        code, maths = found[f"{key}|mbpp"], found[f"{key}|math"]
+        code, maths = found[key, "mbpp"], found[key, "math"]
         scores = [f"{100 * record['score']:.1f} %" for record in (code, maths)]
         return [label, f"{code['part_bytes'] / 1e6:.0f} MB", *scores]
 

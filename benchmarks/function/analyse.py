@@ -1,7 +1,7 @@
 """Tables of a run: function against the whole model, and which cheap figure foretells it.
 
     python analyse.py OUT [OUT ...] [--baseline whole] [--fidelity mbpp,math]
-    python analyse.py ../results/function/qwen2.5-coder-0.5b.jsonl      # the rows of the docs
+    python analyse.py ../results/function/qwen2.5-coder-0.5b.jsonl.xz      # the rows of the docs
 
 OUT is the folder of a run or a file of rows. Prints Markdown. Differences are paired by item, with
 a 95 % bootstrap interval over items; turns of one conversation are drawn together. Correlations
@@ -11,7 +11,9 @@ function lost, whatever was done to the model?
 """
 
 import argparse
+import dataclasses
 import json
+import lzma
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ Line = dict[str, Any]
 Floats = npt.NDArray[np.float64]
 
 NUM_DRAWS = 10_000
+LEAST_SCORE = 0.1
+"""Where the whole model gets less right, there is nothing to lose."""
 HIGHER_IS_BETTER = frozenset(
     ("agreement", "target_right", "acceptance", "tokens_to_sure_flip_mean",
      "tokens_to_sure_flip_median", "answers_without_sure_flip", "tokens_to_flip_mean",
@@ -47,7 +51,12 @@ def main() -> None:
         print(function_table(own, arguments.baseline))
         print(f"\n### {model}: depth of the fact\n\n{depth_table(own)}")
         print(f"\n### {model}: teacher-forced, against the whole model\n\n{forced_table(own)}")
-        rows = [x for x in own if x["row"]["name"].startswith(("fidelity/", arguments.baseline))]
+        rows = [
+            x
+            for x in own
+            if x["row"]["name"].startswith(("fidelity/", f"{arguments.baseline}/"))
+            or x["row"]["name"] == arguments.baseline
+        ]
         if len({line["row"]["name"] for line in rows}) > 4:
             sets = arguments.fidelity.split(",")
             print(f"\n### {model}: fidelity rows\n\n{fidelity_table(rows, sets)}")
@@ -62,10 +71,11 @@ def load(folders: Sequence[Path]) -> list[Line]:
     """Return the lines of some runs; of rows that are in several, the last."""
     lines: dict[str, Line] = {}
     for path in folders:
-        file = path / "rows.jsonl" if path.is_dir() else path
-        for text in file.read_text("utf-8").splitlines():
-            line = json.loads(text)
-            lines[line["key"]] = line
+        name = path / "rows.jsonl" if path.is_dir() else path
+        with lzma.open(name) if name.suffix == ".xz" else name.open("rb") as file:
+            for text in file:
+                line = json.loads(text)
+                lines[line["key"]] = line
     return list(lines.values())
 
 
@@ -191,9 +201,8 @@ def correlation_table(lines: Sequence[Line], sets: Sequence[str]) -> str:
                     and belongs(line)
                 ]
                 sign = 1 if name in HIGHER_IS_BETTER else -1
-                figures = np.array([sign * line[kind][name] for line in chosen])
-                scores = np.array([line["score"] for line in chosen])
-                values.append(spearman(figures, scores))
+                figures = [sign * line[kind][name] for line in chosen]
+                values.append(spearman(figures, [line["score"] for line in chosen]))
         found[f"{kind}.{name}"] = values
     over_all = {name: float(np.mean(values[:: len(groups)])) for name, values in found.items()}
     order = sorted(found, key=lambda name: -np.nan_to_num(over_all[name], nan=-2))
@@ -202,50 +211,73 @@ def correlation_table(lines: Sequence[Line], sets: Sequence[str]) -> str:
     return _markdown(table)
 
 
-def changed_table(lines: Sequence[Line], baseline: str) -> str:
-    """Return every row and set by what changed in it, and what of the function is left.
+@dataclasses.dataclass(frozen=True)
+class Changed:
+    """A row and set by what changed in it, and what of the function is left.
 
-    *Changed*: of 100 tokens sampled where the whole model was, on its own answers, how many would
-    be others. The pooled correlations are over all lines of the table, of each figure with the
-    score's share of the whole model's.
+    Attributes:
+        line: of the results.
+        changed: of 100 tokens sampled where the whole model was, on its own answers, how many
+            would be others.
+        difference: from the whole model, paired by item; ``low`` to ``high`` with 95 %.
+        low: see ``difference``.
+        high: see ``difference``.
+        left: share of the whole model's score.
     """
+
+    line: Line
+    changed: float
+    difference: float
+    low: float
+    high: float
+    left: float
+
+
+def changed_lines(lines: Sequence[Line], baseline: str) -> list[Changed]:
+    """Return every row and set but the whole model's, the least changed first."""
     base = {line["set"]: line for line in lines if line["row"]["name"] == baseline}
-    rows = [
-        line
-        for line in lines
-        if "own" in line and line["outcomes"] and not line["row"]["name"].startswith(baseline)
-    ]
-    rows.sort(key=lambda line: line["own"]["acceptance"], reverse=True)
-    table = [["changed", "row", "set", "points", "left"], ["---"] * 5]
-    left = []
-    for line in rows:
+    found = []
+    for line in lines:
         whole = base[line["set"]]
-        left.append(line["score"] / whole["score"])
-        mean, low, high, *_ = paired_difference(line["outcomes"], whole["outcomes"])
-        table.append(
-            [
-                f"{100 * (1 - line['own']['acceptance']):.2f}",
-                line["row"]["name"],
-                line["set"],
-                f"{100 * mean:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
-                f"{left[-1]:.0%}",
-            ]
-        )
+        if "own" not in line or not line["outcomes"] or whole["score"] < LEAST_SCORE:
+            continue
+        if not line["row"]["name"].startswith(baseline + "/") and line is not whole:
+            mean, low, high, *_ = paired_difference(line["outcomes"], whole["outcomes"])
+            left = line["score"] / whole["score"]
+            changed = 100 * (1 - line["own"]["acceptance"])
+            found.append(Changed(line, changed, mean, low, high, left))
+    return sorted(found, key=lambda row: row.changed)
+
+
+def pooled_correlation(found: Sequence[Changed], kind: str, name: str) -> float:
+    """Return Spearman's correlation of a figure with the share of function that is left."""
+    sign = 1 if name in HIGHER_IS_BETTER else -1
+    return spearman([sign * row.line[kind][name] for row in found], [row.left for row in found])
+
+
+def changed_table(lines: Sequence[Line], baseline: str) -> str:
+    """Return every row and set by what changed, and pooled correlations over all of them."""
+    found = changed_lines(lines, baseline)
+    table = [["changed", "row", "set", "points", "left"], ["---"] * 5]
+    for row in found:
+        points = f"{100 * row.difference:+.1f} ({100 * row.low:+.1f} to {100 * row.high:+.1f})"
+        name, set_name = row.line["row"]["name"], row.line["set"]
+        table.append([f"{row.changed:.2f}", name, set_name, points, f"{row.left:.0%}"])
+    values = {
+        f"{kind}.{name}": pooled_correlation(found, kind, name)
+        for kind in ("own", "free_running")
+        for name in (found[0].line[kind] if found else ())
+        if name not in _NOT_CANDIDATES
+    }
     pooled = [["figure", "pooled"], ["---"] * 2]
-    found = {}
-    for kind in ("own", "free_running"):
-        for name in rows[0][kind] if rows else ():
-            if name not in _NOT_CANDIDATES:
-                sign = 1 if name in HIGHER_IS_BETTER else -1
-                figures = np.array([sign * line[kind][name] for line in rows])
-                found[f"{kind}.{name}"] = spearman(figures, np.array(left))
-    order = sorted(found, key=lambda name: -np.nan_to_num(found[name], nan=-2))
-    pooled += [[name, f"{found[name]:.3f}"] for name in order]
+    order = sorted(values, key=lambda name: -np.nan_to_num(values[name], nan=-2))
+    pooled += [[name, f"{values[name]:.3f}"] for name in order]
     return f"{_markdown(table)}\n\n{_markdown(pooled)}"
 
 
-def spearman(a: Floats, b: Floats) -> float:
+def spearman(first: Sequence[float], second: Sequence[float]) -> float:
     """Return Spearman's rank correlation, ties at their mean rank; nan where undefined."""
+    a, b = np.array(first, np.float64), np.array(second, np.float64)
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
     return float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])

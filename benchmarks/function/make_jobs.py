@@ -49,8 +49,8 @@ def _fidelity(model: str, *, few: bool = False) -> tuple[str, Rows, Steps]:
     if few:
         names = names[:2]
     figures = {"own": 128, "reference": 128}
-    main_sets = ["tools", "sql"] if few else ["mbpp", "math"]
-    other_sets = ["document-qa", "summary"] if few else ["tools", "sql"]
+    main_sets = ["summary", "needle-2k"] if few else ["mbpp", "math"]
+    other_sets = ["code-file", "document-qa"] if few else ["tools", "sql"]
     steps = [
         {"rows": ["whole", "whole/split", *names[0]], "sets": main_sets, **figures},
         {"rows": names[1], "sets": main_sets, **figures},

@@ -17,6 +17,7 @@ import concurrent.futures  # noqa: E402
 import dataclasses  # noqa: E402
 import os  # noqa: E402
 import time  # noqa: E402
+import traceback  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -60,7 +61,11 @@ def run_job(
             ):
                 continue  # the whole model's row did not fit the time
             start = time.perf_counter()
-            pending = bench.measure(unit, pool)
+            try:
+                pending = bench.measure(unit, pool)
+            except Exception:  # the next unit may well run
+                traceback.print_exc()
+                continue
             seconds = time.perf_counter() - start
             clock.took(unit.set_name, seconds)
             results.add(pending)

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ifp_mlx.chat.kv_cache import KVCache
-from ifp_mlx.chat.reading import ReadsWithPart
+from ifp_mlx.chat.reading import LONGEST_WITH_TAIL, ReadsWithPart
 from ifp_mlx.chat.sampling import KVCacheOptions
 
 OnRead = Callable[[int, int], None]
@@ -37,7 +37,7 @@ def read_ahead(
 
     Args:
         model: what answers. Of one that reads with a part the part reads here: the tail, which the
-            whole model reads, is in the last piece.
+            whole model reads, is in the last piece, and is one token of a long prompt.
         token_ids: of the prompt, without what the cache holds already.
         kv_cache: grows.
         kv_options: how it is kept.
@@ -45,11 +45,12 @@ def read_ahead(
     """
     from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache, wired_limit
 
-    reader, tail = model, 0
-    if isinstance(model, ReadsWithPart):
-        reader, tail = model.reader, model.tail_tokens
-    most_left = 2 * _FIRST_PIECE_TOKENS + tail  # a short prompt is not split up
     total, done = len(token_ids), 0
+    reader, tail, reads_all = model, 0, False
+    if isinstance(model, ReadsWithPart):
+        reader, reads_all = model.reader, total > LONGEST_WITH_TAIL
+        tail = 0 if reads_all else model.tail_tokens
+    most_left = 2 * _FIRST_PIECE_TOKENS + tail  # a short prompt is not split up
     # CUDA devices read mlx-lm's pieces in a moment: there is nothing to learn, and time to lose.
     size = _MOST_TOKENS if mx.cuda.is_available() else _FIRST_PIECE_TOKENS
     on_read(0, total)
@@ -57,7 +58,7 @@ def read_ahead(
         return 0
     streams: Any = [generation_stream]
     with wired_limit(reader, streams), mx.stream(generation_stream):
-        while total - done > max(size, most_left):
+        while total - done > (1 if reads_all else max(size, most_left)):
             piece = list(token_ids[done : min(done + size, total - tail - 1)])
             start = time.perf_counter()
             reader(mx.array(piece)[None], cache=kv_cache.layers)

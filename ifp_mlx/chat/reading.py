@@ -11,8 +11,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 TAIL_TOKENS = 64
-"""The last tokens of each piece of a prompt are read by the whole model: the answer leans on them
-most."""
+"""The last tokens of a short prompt are read by the whole model: the answer leans on them most."""
+
+LONGEST_WITH_TAIL = 2048
+"""Tokens of a prompt that is short in this sense. In a longer one a question that the whole model
+has read finds facts that the part has read less often than one that the part has read, too."""
 
 
 class ReadsWithPart(nn.Module):
@@ -24,7 +27,8 @@ class ReadsWithPart(nn.Module):
     Args:
         writer: the whole mlx-lm model.
         reader: a compact model of it, not changed by an adapter.
-        tail_tokens: so many of a piece's last tokens are read by the whole model.
+        tail_tokens: so many of a piece's last tokens are read by the whole model; of prompts past
+            ``LONGEST_WITH_TAIL`` ``read_ahead`` leaves it a single one.
     """
 
     def __init__(self, writer: nn.Module, reader: nn.Module, tail_tokens: int = TAIL_TOKENS):
