@@ -164,7 +164,7 @@ def _caution_about(assistant: Assistant, kept: int) -> str | None:
     if assistant.reads_with_part:
         return (
             f"reading with {share:.0%} of the {label}: not measured for this task, and two thirds "
-            "cost a 0.5B coder every seventh function it got right; ifp fit does it"
+            "cost a 0.5B coder every eighth function it got right; ifp fit does it"
         )
     if assistant.kind.router is not None:
         if share > RISKY_EXPERT_SHARE:

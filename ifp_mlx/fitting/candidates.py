@@ -3,12 +3,12 @@
 import dataclasses
 from collections.abc import Iterator
 
+from ifp_mlx.assistant import DEFAULT_READING_RATIO
 from ifp_mlx.units.amounts import Amounts
 
 BITS = (8, 6, 5, 4, 3)
 FFN_RATIOS = (0.95, 0.9, 0.8, 0.67, 0.5)
 EXPERT_RATIOS = (0.875, 0.75, 0.625, 0.5)
-READING_RATIO = 0.5
 PART_BITS = 4
 """Parts are tried at this width as well."""
 
@@ -66,7 +66,7 @@ def candidates(amounts: Amounts, source_bits: int, *, is_mixture: bool) -> Itera
     parts = dict.fromkeys(amounts.nearest(ratio) for ratio in ratios)
     parts.pop(whole, None)
     if not is_mixture:
-        yield Candidate(amounts.nearest(READING_RATIO), only_reads=True)
+        yield Candidate(amounts.nearest(DEFAULT_READING_RATIO), only_reads=True)
     for bits in BITS:
         if bits < source_bits:
             yield Candidate(whole, bits)

@@ -78,7 +78,7 @@ def test_candidates_are_of_fewer_bits_than_the_source() -> None:
     found = list(candidates(AMOUNTS, 4, is_mixture=False))
     assert found[0] == Candidate(F)
     assert {candidate.bits for candidate in found} == {None, 3}
-    assert [c for c in found if c.only_reads] == [Candidate(768, only_reads=True)]
+    assert [c for c in found if c.only_reads] == [Candidate(1024, only_reads=True)]
     experts = list(candidates(Amounts(128, 1, 8, "experts"), 16, is_mixture=True))
     assert {c.num_kept_units for c in experts} == {128, 112, 96, 80, 64}
     assert not [c for c in experts if c.only_reads]
