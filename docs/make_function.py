@@ -101,23 +101,32 @@ def rows(model: str) -> Mapping[tuple[str, str], Line]:
     return {(line["row"]["name"], line["set"]): line for line in lines}
 
 
-def cell(model: str, row: str, set_name: str) -> str:
-    """Return score, and difference from the whole model with its interval."""
+def cell(model: str, row: str, set_name: str, *, is_short: bool = False) -> str:
+    """Return score and difference from the whole model, with its interval or a star."""
     line, whole = rows(model).get((row, set_name)), rows(model)[("whole", set_name)]
     if line is None:
         return ""
     if row == "whole":
         return f"{100 * line['score']:.1f}"
     mean, low, high, *_ = paired_difference(line["outcomes"], whole["outcomes"])
+    if is_short:
+        return f"{100 * line['score']:.1f} ({100 * mean:+.1f}{'*' if high < 0 else ''})"
     return f"{100 * line['score']:.1f} ({100 * mean:+.1f}, {100 * low:+.1f} to {100 * high:+.1f})"
 
 
-def by_set(model: str, shown: Mapping[str, str], sets: Sequence[str], head: str) -> str:
-    """Return a table of rows by sets."""
+def by_set(
+    model: str,
+    shown: Mapping[str, str],
+    sets: Sequence[str],
+    head: str,
+    *,
+    is_short: bool = False,
+) -> str:
+    """Return a table of rows by sets, with intervals if it is not a short one."""
     counts = [len(rows(model)[("whole", name)]["outcomes"]) for name in sets]
     table = []
     for row, text in shown.items():
-        cells = [cell(model, row, name) for name in sets]
+        cells = [cell(model, row, name, is_short=is_short) for name in sets]
         if any(cells):
             table.append((text, *cells))
     names = [f"{SETS[name]}, n = {count}" for name, count in zip(sets, counts, strict=True)]
@@ -288,25 +297,36 @@ READING: dict[str, Table] = {
         "messages read by",
     ),
     "choices": lambda: by_set(
-        QWEN, CHOICES, ("mbpp", "math", "needle-2k", "needle-16k", "document-qa"), "units"
+        QWEN,
+        CHOICES,
+        ("mbpp", "math", "needle-2k", "needle-16k", "document-qa"),
+        "units",
+        is_short=True,
     ),
     "tails": lambda: by_set(
         QWEN,
         TAILS,
-        ("mbpp", "math", "tools", "math-8shot", "document-qa", "needle-2k", "needle-4k",
-         "needle-16k"),
+        (*SHORT[:3], "math-8shot", "document-qa", "needle-2k", "needle-4k", "needle-16k"),
         "left to the whole model",
+        is_short=True,
     ),
     "smollm2": lambda: by_set(
-        SMOLLM2, AMOUNTS, ("needle-2k", "needle-4k", *LONG, "recall-chat"), "prompt read by"
+        SMOLLM2,
+        AMOUNTS,
+        (*FACTS[:2], "document-qa", "code-file", "summary", "recall-chat"),
+        "prompt read by",
+        is_short=True,
     ),
     "gemma": lambda: by_set(
-        GEMMA, AMOUNTS, ("needle-2k", "needle-4k", "needle-8k", "document-qa", "code-file",
-                         "summary"), "prompt read by"
+        GEMMA,
+        AMOUNTS,
+        (*FACTS[:3], "document-qa", "code-file", "summary"),
+        "prompt read by",
+        is_short=True,
     ),
     "8b": latency,
     "cpu": cpu,
-}  # fmt: skip
+}
 FIDELITY: dict[str, Table] = {
     "whole by bits": whole_by_bits,
     "mbpp grid": lambda: grid("mbpp"),
