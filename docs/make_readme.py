@@ -1,21 +1,12 @@
-"""Write the tables of README.md from stored results; ``--check`` only compares.
+"""Write the tables of README.md from stored results; ``--check`` only compares."""
 
-A table stands between ``<!-- NAME -->`` and ``<!-- end of NAME -->``.
-"""
-
-import json
-import re
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import make_fits
+from page_tables import RESULTS, TRAINING, Table, as_table, read_lines, run
 
-ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "README.md"
-FUNCTION = ROOT / "benchmarks" / "results" / "function" / "qwen2.5-coder-0.5b.jsonl"
-HELD_OUT = ROOT / "docs" / "training" / "held-out.jsonl"
+FUNCTION = RESULTS / "function" / "qwen2.5-coder-0.5b.jsonl"
+HELD_OUT = TRAINING / "held-out.jsonl"
 
 TRAINED = {
     "one static mask, trained alike": "static-2-bit",
@@ -26,20 +17,9 @@ TRAINED = {
 }
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSON-lines file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def as_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def equal_bytes() -> str:
     """Return function against bytes: the whole model in fewer bits, and fewer FFN units."""
-    found = {record["key"].partition("|")[2]: record for record in read(FUNCTION)}
+    found = {record["key"].partition("|")[2]: record for record in read_lines(FUNCTION)}
 
     def row(label: str, key: str) -> list[str]:
         code, maths = found[f"{key}|mbpp"], found[f"{key}|math"]
@@ -57,7 +37,7 @@ def equal_bytes() -> str:
 
 def trained() -> str:
     """Return what the shipped adapter reaches on held-out text, with its controls."""
-    found = {record["row"]: record for record in read(HELD_OUT) if record["limit"] is None}
+    found = {record["row"]: record for record in read_lines(HELD_OUT) if record["limit"] is None}
 
     def cell(name: str) -> str:
         return f"{found[name]['instructions']:.3f} / {found[name]['documents']:.3f}"
@@ -69,31 +49,11 @@ def trained() -> str:
     return as_table(("", "512 of 1536 units", "768 of 1536 units"), rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {
+TABLES: dict[str, Table] = {
     "what fits": make_fits.table,
     "equal bytes": equal_bytes,
     "trained": trained,
 }
 
-
-def main() -> int:
-    """Rewrite the tables, or with ``--check`` return 1 if one is out of date."""
-    text = wanted = PAGE.read_text(encoding="utf-8")
-    for name, table in TABLES.items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-        block = begin + table() + end
-        wanted, count = pattern.subn(lambda _, block=block: block, wanted)
-        if count != 1:
-            sys.stderr.write(f"{PAGE.name} has {count} tables {name!r}\n")
-            return 1
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(wanted, encoding="utf-8")
-        return 0
-    if wanted != text:
-        sys.stderr.write(f"{PAGE.name}: a table is old; run docs/make_readme.py\n")
-    return int(wanted != text)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run({"README.md": TABLES}))
