@@ -38,6 +38,7 @@ def test_linked_packages_have_one_import_name() -> None:
     [
         "make_files.py",
         "make_readme.py",
+        "make_chat.py",
         "make_experts.py",
         "make_latency.py",
         "make_memory.py",
