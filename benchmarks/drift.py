@@ -18,6 +18,7 @@ from pathlib import Path  # noqa: E402
 
 import ifp_mlx  # noqa: E402
 from ifp_mlx.assistant import Assistant  # noqa: E402
+from ifp_mlx.benchmarking.timing import machine  # noqa: E402
 from ifp_mlx.convert.registry import resolve_model  # noqa: E402
 
 THRESHOLDS = (0.70, 0.75, 0.80)
@@ -73,7 +74,7 @@ def main() -> None:
             f"| {threshold:.2f} | {false} of {len(own)} ({false / len(own):.0%}) "
             f"| {found} of {len(others)} ({found / len(others):.0%}) |"
         )
-    print(json.dumps({"num_kept_units": kept, "domains": rows}))
+    print(json.dumps({**machine(), "num_kept_units": kept, "domains": rows}))
 
 
 if __name__ == "__main__":

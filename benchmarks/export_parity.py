@@ -3,19 +3,22 @@
     python benchmarks/export_parity.py export MODEL FOLDER
     python benchmarks/export_parity.py check FOLDER
 
-``export`` writes a sub-network with ``ifp export`` as ``FOLDER/plain``, ``FOLDER/4-bits`` and
-``FOLDER/model.gguf``, and what ``ifp`` answers greedily, token by token, as
-``FOLDER/expected.json``. ``check`` needs mlx-lm, transformers, torch and gguf, and refuses to run
-where ifp_mlx is installed. It compares tokens, and the shapes in the GGUF file. Status 1 if
-anything differs; ends with one JSON line.
+``export`` writes a sub-network with ``ifp export`` as ``FOLDER/plain`` (with ``--dequantize``, for
+transformers), ``FOLDER/4-bits`` and ``FOLDER/model.gguf``, and what ``ifp`` answers with the first
+two greedily, token by token, as ``FOLDER/expected.json``. ``check`` needs mlx-lm, transformers,
+torch and gguf, and refuses to run where ifp_mlx is installed. It compares tokens, and the shapes in
+the GGUF file. Status 1 if anything differs; ends with one JSON line.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -38,29 +41,28 @@ def export(model: str, folder: Path) -> dict[str, Any]:
 
     prefer_openblas()  # before mlx is imported
 
-    from ifp_mlx.assistant import Assistant
     from ifp_mlx.chat.conversation import Conversation
-    from ifp_mlx.convert.registry import resolve_model
     from ifp_mlx.storage.tokenizer import load_tokenizer
     from ifp_mlx.storage.weights import load_model
 
     command = [str(Path(sys.executable).with_name("ifp")), "export", "--model", model]
     command += ["--task", TASK, "--force", "-o"]
     plain, packed = folder / "plain", folder / "4-bits"
-    subprocess.run([*command, plain, "--gguf", folder / "model.gguf"], check=True)
+    subprocess.run([*command, plain, "--dequantize", "--gguf", folder / "model.gguf"], check=True)
     subprocess.run([*command, packed, "--quantize", "4", "--group-size", "32"], check=True)
-    assistant = Assistant.load(resolve_model(model))
-    subnet = assistant.subnetwork_for_task(TASK, assistant.default_num_kept_units)
-    packed_model, config = load_model(packed)
-    length = int(config["max_position_embeddings"])
-    return {
-        "selector": str(subnet.selector),
-        "num_kept_units": subnet.num_kept_units,
-        "num_layers": config["num_hidden_layers"],
-        "hidden_size": config["hidden_size"],
-        "plain": answers(lambda: assistant.converse(subnet)),
-        "4-bits": answers(lambda: Conversation(packed_model, load_tokenizer(packed), length)),
-    }
+    expected: dict[str, Any] = {}
+    for path in (plain, packed):
+        model_of, config = load_model(path)
+        converse = functools.partial(
+            Conversation, model_of, load_tokenizer(path), int(config["max_position_embeddings"])
+        )
+        expected[path.name] = answers(converse)
+        expected |= {
+            "num_kept_units": config["intermediate_size"],
+            "num_layers": config["num_hidden_layers"],
+            "hidden_size": config["hidden_size"],
+        }
+    return expected
 
 
 def answers(converse: Callable[[], Any]) -> list[list[int]]:
@@ -137,6 +139,7 @@ def check(folder: Path) -> dict[str, Any]:
         "plain, transformers": ("plain", transformers_answers),
         "4-bits, mlx-lm": ("4-bits", mlx_lm_answers),
     }
+    names = ("mlx", "mlx-lm", "transformers", "torch", "gguf")
     same: dict[str, Any] = {}
     for name, (form, answer) in programs.items():
         pairs = zip(answer(folder / form), expected[form], strict=True)
@@ -147,7 +150,12 @@ def check(folder: Path) -> dict[str, Any]:
         print(f"{name}: {sum(equal)} of {len(equal)} answers equal, tokens {lengths}", flush=True)
     same["gguf"] = gguf_fits(folder / "model.gguf", expected)
     print(f"gguf: shapes {'fit' if same['gguf'] else 'differ'}")
-    return same
+    return {
+        "machine": f"{platform.system()} {platform.machine()}",
+        "versions": {name: metadata.version(name) for name in names},
+        "tokens": {form: [len(own) for own in expected[form]] for form in ("plain", "4-bits")},
+        "same": same,
+    }
 
 
 def main() -> None:
@@ -163,11 +171,12 @@ def main() -> None:
         options.folder.mkdir(parents=True, exist_ok=True)
         expected = export(options.model, options.folder)
         (options.folder / "expected.json").write_text(json.dumps(expected))
-        print(f"{expected['selector']}, K = {expected['num_kept_units']}")
+        print(f"K = {expected['num_kept_units']}")
         return
-    same = check(options.folder)
-    print(json.dumps(same))
-    if not all(all(value) if isinstance(value, list) else value for value in same.values()):
+    found = check(options.folder)
+    print(json.dumps(found))
+    same = found["same"].values()
+    if not all(all(value) if isinstance(value, list) else value for value in same):
         raise SystemExit(1)
 
 

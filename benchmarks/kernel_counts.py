@@ -6,10 +6,11 @@ Counts the graphs that mlx builds for the Llama-3.1-8B shape and a Qwen2.5-0.5B-
 narrow, because the width changes no count. Norm, rotation and attention count as one kernel each,
 which they are on an accelerator; views launch nothing. Looking at results on the host is not
 counted. Also the time that building takes there, without evaluating: this machine's, not an
-accelerator host's.
+accelerator host's. Ends with one JSON line.
 """
 
 import collections
+import json
 import re
 import tempfile
 import time
@@ -21,6 +22,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
 from ifp_mlx.benchmarking import shapes
+from ifp_mlx.benchmarking.timing import machine
 from ifp_mlx.selection.selectors import select_random
 from ifp_mlx.selection.top_k import top_k_indices
 from ifp_mlx.slicing.compact import slice_model
@@ -100,10 +102,13 @@ def main() -> None:
         "slicing": lambda: list(unit_arrays(slice_model(dense, selection)).values()),
         "prefill": lambda: [compact(ids, cache=make_prompt_cache(compact))[:, -1]],
     }
+    rows = {}
     for name, build in stages.items():
         counts = count(build())
         most = ", ".join(f"{number} {primitive}" for primitive, number in counts.most_common(8))
         print(f"{name}: {counts.total()} launches, {host_ms(build):.1f} ms to build ({most})")
+        rows[name] = {"launches": counts.total(), "primitives": dict(counts.most_common())}
+    print(json.dumps({**machine(), "rows": rows}))
 
 
 if __name__ == "__main__":

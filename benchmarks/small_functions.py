@@ -20,6 +20,7 @@ from typing import Any  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 
 from ifp_mlx.assistant import Assistant  # noqa: E402
+from ifp_mlx.benchmarking.timing import machine  # noqa: E402
 from ifp_mlx.chat.conversation import Conversation  # noqa: E402
 from ifp_mlx.chat.sampling import SamplingOptions  # noqa: E402
 from ifp_mlx.convert.registry import resolve_model  # noqa: E402
@@ -97,7 +98,7 @@ def main() -> None:
         print(f"| {wanted} | {' | '.join(marks)} |")
     totals = [f"{sum(right.values())} of {len(FUNCTIONS)}" for right in results.values()]
     print(f"| all | {' | '.join(totals)} |")
-    print(json.dumps(results))
+    print(json.dumps({**machine(), "num_kept_units": kept, "results": results}))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from mlx_lm.models.cache import make_prompt_cache  # noqa: E402
 
 import ifp_mlx  # noqa: E402
 from ifp_mlx.assistant import Assistant  # noqa: E402
+from ifp_mlx.benchmarking.timing import machine  # noqa: E402
 from ifp_mlx.convert.registry import resolve_model  # noqa: E402
 
 DESCRIPTIONS = Path(ifp_mlx.__file__).parent / "data" / "task_descriptions.json"
@@ -113,7 +114,7 @@ def main() -> None:
             f"| {switch} | {mean['kept']:.3f} | {mean['rebuilt']:.3f} "
             f"| {mean['history_tokens']:.0f} | {mean['rebuild_s']:.2f} |"
         )
-    print(json.dumps(rows))
+    print(json.dumps({**machine(), "num_kept_units": kept, "rows": rows}))
 
 
 if __name__ == "__main__":

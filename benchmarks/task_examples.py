@@ -19,6 +19,7 @@ from pathlib import Path  # noqa: E402
 import mlx.core as mx  # noqa: E402
 
 from ifp_mlx.assistant import Assistant  # noqa: E402
+from ifp_mlx.benchmarking.timing import machine  # noqa: E402
 from ifp_mlx.convert.registry import resolve_model  # noqa: E402
 from ifp_mlx.evaluation.quality import (  # noqa: E402
     DOCUMENT_PREFIX,
@@ -93,7 +94,8 @@ def main() -> None:
         results[way] = {"mean": round(mean, 4)} | {
             domain: round(quality.cross_entropy, 4) for domain, quality in qualities.items()
         }
-    print(json.dumps(results))
+    settings = {name: getattr(arguments, name) for name in ("limit", "examples", "keep_units")}
+    print(json.dumps({**machine(), **settings, "results": results}))
 
 
 if __name__ == "__main__":

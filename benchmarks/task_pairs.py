@@ -19,6 +19,7 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 from ifp_mlx.assistant import PREDICTED_REUSE_OVERLAP, Assistant  # noqa: E402
+from ifp_mlx.benchmarking.timing import machine  # noqa: E402
 from ifp_mlx.convert.registry import resolve_model  # noqa: E402
 from ifp_mlx.selection.spec import SelectorSpec  # noqa: E402
 
@@ -85,7 +86,7 @@ def main() -> None:
     ]
     for result in results:
         show(result)
-    print(json.dumps(results))
+    print(json.dumps({**machine(), "model": arguments.model, "results": results}))
 
 
 if __name__ == "__main__":

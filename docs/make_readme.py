@@ -1,22 +1,13 @@
-"""Write the tables of README.md from stored results; ``--check`` only compares.
+"""Write the tables of README.md from stored results; ``--check`` only compares."""
 
-A table stands between ``<!-- NAME -->`` and ``<!-- end of NAME -->``.
-"""
-
-import json
-import re
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import make_fits
 from make_function import QWEN
 from make_function import rows as rows_of
+from page_tables import TRAINING, Table, as_table, read_lines, run
 
-ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "README.md"
-HELD_OUT = ROOT / "docs" / "training" / "held-out.jsonl"
+HELD_OUT = TRAINING / "held-out.jsonl"
 
 TRAINED = {
     "one static mask, trained alike": "static-2-bit",
@@ -25,17 +16,6 @@ TRAINED = {
     "control: one mask for all": "ifp-joint-2-bit+fixed",
     "control: another domain's mask": "ifp-joint-2-bit+shuffled",
 }
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSON-lines file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def as_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def equal_bytes() -> str:
@@ -58,7 +38,7 @@ def equal_bytes() -> str:
 
 def trained() -> str:
     """Return what the shipped adapter reaches on held-out text, with its controls."""
-    found = {record["row"]: record for record in read(HELD_OUT) if record["limit"] is None}
+    found = {record["row"]: record for record in read_lines(HELD_OUT) if record["limit"] is None}
 
     def cell(name: str) -> str:
         return f"{found[name]['instructions']:.3f} / {found[name]['documents']:.3f}"
@@ -70,31 +50,11 @@ def trained() -> str:
     return as_table(("", "512 of 1536 units", "768 of 1536 units"), rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {
+TABLES: dict[str, Table] = {
     "what fits": make_fits.table,
     "equal bytes": equal_bytes,
     "trained": trained,
 }
 
-
-def main() -> int:
-    """Rewrite the tables, or with ``--check`` return 1 if one is out of date."""
-    text = wanted = PAGE.read_text(encoding="utf-8")
-    for name, table in TABLES.items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-        block = begin + table() + end
-        wanted, count = pattern.subn(lambda _, block=block: block, wanted)
-        if count != 1:
-            sys.stderr.write(f"{PAGE.name} has {count} tables {name!r}\n")
-            return 1
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(wanted, encoding="utf-8")
-        return 0
-    if wanted != text:
-        sys.stderr.write(f"{PAGE.name}: a table is old; run docs/make_readme.py\n")
-    return int(wanted != text)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run({"README.md": TABLES}))

@@ -18,6 +18,10 @@ PAGES += sorted((ROOT / "benchmarks").glob("**/*.md"))
 
 _LINK = re.compile(r"\]\(([^)\s]+)\)|<img[^>]+src=\"([^\"]+)\"")
 _HEADING = re.compile(r"^#+ +(.*)$", re.MULTILINE)
+_RESULT = re.compile(r"results/[\w./-]+|training/[\w.-]+\.jsonl?")
+_FIGURE = re.compile(r"(?<![\w.-])\d+\.\d+(?![\w.])")  # no version, no name
+WHOLE_FOLDERS = ("results/latency", "results/fit", "results/function", "docs/training")
+FIGURES_OF_OTHERS = {"What others published about real mixtures"}
 _COMMAND_ENDS = {"|", "||", "&&", ";", "&", ">", ">>", "<", "2>"}
 
 
@@ -53,6 +57,55 @@ def test_links_lead_to_files_and_headings() -> None:
             dead.append(f"{page.relative_to(ROOT)}: {target}")
     assert len(found) > 40  # there is something to see
     assert dead == []
+
+
+def sections(page: Path) -> Iterator[tuple[str, str]]:
+    """Yield a page's headings and what stands below each."""
+    parts = _HEADING.split(page.read_text(encoding="utf-8"))
+    yield from zip(["", *parts[1::2]], parts[::2], strict=True)
+
+
+def tables(text: str) -> list[str]:
+    """Return the tables of a text, with the line before each."""
+    return re.findall(r"(?:^.*\n)?(?:^\|.*\n)+", text + "\n", flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.name not in ("cli.md", "log.md")],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_tables_of_figures_come_from_stored_results(page: Path) -> None:
+    """A table is written by docs/make_*.py, or the stored result is named in its section.
+
+    Or below "Repeat it", which says how all of a page's figures are made.
+    """
+    found = dict(sections(page))
+    without_source = [
+        f"{heading}: {table.splitlines()[1]}"
+        for heading, text in found.items()
+        for table in tables(text)
+        if len(_FIGURE.findall(table)) >= 4 and not table.startswith("<!-- ")
+        if not _RESULT.search(text + found.get("Repeat it", ""))
+        if heading not in FIGURES_OF_OTHERS
+    ]
+    assert without_source == []
+
+
+def test_every_result_and_picture_is_shown_or_linked() -> None:
+    sources = [page.read_text(encoding="utf-8") for page in PAGES]
+    sources += [script.read_text(encoding="utf-8") for script in (ROOT / "docs").glob("*.py")]
+    known = "".join(sources)
+    stored = [*(ROOT / "benchmarks" / "results").rglob("*.json*")]
+    stored += [*(ROOT / "docs").glob("*.png"), *(ROOT / "docs").glob("*.svg")]
+    stored += (ROOT / "docs" / "training").iterdir()
+    assert len(stored) > 30
+    unused = [
+        str(path.relative_to(ROOT))
+        for path in stored
+        if path.name not in known and not path.parent.as_posix().endswith(WHOLE_FOLDERS)
+    ]
+    assert unused == []
 
 
 def code_lines(page: Path) -> Iterator[str]:

@@ -33,7 +33,20 @@ def test_linked_packages_have_one_import_name() -> None:
     assert "import ifp_mlx.cli, not cli" in run.stderr
 
 
-@pytest.mark.parametrize("script", ["make_files.py", "make_readme.py"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "make_files.py",
+        "make_readme.py",
+        "make_chat.py",
+        "make_experts.py",
+        "make_function.py",
+        "make_latency.py",
+        "make_memory.py",
+        "make_server.py",
+        "make_training_log.py",
+    ],
+)
 def test_what_is_written_from_other_files_is_current(script: str) -> None:
     run = subprocess.run(
         [sys.executable, str(ROOT / "docs" / script), "--check"],

@@ -19,7 +19,7 @@ from ifp_mlx.units.modules import family_of, num_groups, unit_shape
 
 DEFAULT_PRIOR_WEIGHT = 0.7
 """Share of the calibrated prior in a rank blend: short prompts carry little evidence of their own.
-A choice, not an optimum: benchmarks/selection_quality.py --selectors blend:0.5 measures another."""
+A choice, not an optimum: ``ifp eval --selector blend:0.5`` measures another."""
 
 
 class Selector(Protocol):
