@@ -14,17 +14,15 @@ import concurrent.futures
 import json
 import re
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import openai
+from server_load import start_server
 
 from ifp_mlx.benchmarking.timing import machine
 
-TASK = "help me write Python"
 TURNS = ("Write a function that {}.", "Now add a docstring and a test.")
 SUBJECTS = (
     "counts the vowels of a string",
@@ -74,15 +72,10 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--output", "-o", type=Path)
     arguments = parser.parse_args()
-    command = [sys.executable, "-m", "ifp_mlx.cli.app", "serve", "--model", arguments.model]
-    command += ["--task", f"python={TASK}", "--default-task", "python", "--port", "0", "--quiet"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
+    flags = ["--default-task", "python-helper"]
+    server, address = start_server(arguments.model, flags)
     try:
-        address = next(
-            found[0] for line in server.stdout if (found := re.search(r"http://[\w.:]+", line))
-        )
-        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        client = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
         names = {"whole": f"{arguments.model}:dense", "task": arguments.model}
         speeds: dict[str, list[float]] = {who: [] for who in names}
         resident: dict[str, int] = {}
