@@ -143,7 +143,7 @@ class LinesRun:
                     prompts[position],
                     answer=answer.text,
                     prompt_tokens=answer.prompt_tokens,
-                    generated_tokens=answer.generated_tokens,
+                    generated_tokens=len(answer.token_ids),
                     finish_reason=answer.finish_reason,
                 ),
             )

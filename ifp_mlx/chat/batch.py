@@ -31,15 +31,15 @@ class BatchAnswer:
     Attributes:
         index: of the prompt.
         text: the answer.
+        token_ids: of the answer, with the one that ends it.
         prompt_tokens: of the prompt.
-        generated_tokens: of the answer, with the one that ends it.
         finish_reason: ``stop`` or ``length``.
     """
 
     index: int
     text: str
+    token_ids: tuple[int, ...]
     prompt_tokens: int
-    generated_tokens: int
     finish_reason: str
 
 
@@ -58,6 +58,7 @@ def answer_together(
     prompts: Sequence[Sequence[int]],
     sampling: SamplingOptions,
     context_length: int,
+    limits: Sequence[int] | None = None,
 ) -> Iterator[BatchAnswer]:
     """Yield the answers to prompts as they are finished, which need not be their order. Evaluates.
 
@@ -70,13 +71,19 @@ def answer_together(
         prompts: token ids, each shorter than the context.
         sampling: how tokens are drawn.
         context_length: the most positions; answers end there.
+        limits: the most new tokens of each; without them the same number for all.
     """
     from mlx_lm.generate import BatchGenerator
 
     if sampling.seed is not None:
         mx.random.seed(sampling.seed)
     grammar = grammar_for(sampling, tokenizer)
-    limits = [min(sampling.max_new_tokens, context_length - len(prompt)) for prompt in prompts]
+    if limits is None:
+        limits = [sampling.max_new_tokens] * len(prompts)
+    limits = [
+        min(limit, context_length - len(prompt))
+        for limit, prompt in zip(limits, prompts, strict=True)
+    ]
     generator = BatchGenerator(
         model,
         stop_tokens=[[token] for token in tokenizer.eos_token_ids],
@@ -100,17 +107,16 @@ def answer_together(
         while responses := generator.next_generated():
             for response in responses:
                 tokens = written.setdefault(response.uid, [])
-                if response.finish_reason != "stop":
-                    tokens.append(response.token)
+                tokens.append(response.token)
                 if response.finish_reason is not None:
                     del written[response.uid]
                     index = indices[response.uid]
                     num_ends = int(response.finish_reason == "stop")
                     yield BatchAnswer(
                         index,
-                        _text(tokenizer, tokens),
+                        _text(tokenizer, tokens[: len(tokens) - num_ends]),
+                        tuple(tokens),
                         len(prompts[index]),
-                        len(tokens) + num_ends,
                         response.finish_reason,
                     )
 

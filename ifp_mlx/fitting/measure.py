@@ -11,11 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ifp_mlx.assistant import Assistant
-from ifp_mlx.chat.generation import Answer, GenerationStats
-from ifp_mlx.chat.kv_cache import KVCache
-from ifp_mlx.chat.sampling import KVCacheOptions, SamplingOptions
 from ifp_mlx.convert.quantize import make_quantization, quantize_model
 from ifp_mlx.errors import DataError
+from ifp_mlx.fitting.answers import write_answer, write_answers
 from ifp_mlx.fitting.candidates import Candidate, candidates
 from ifp_mlx.fitting.fidelity import Comparison, Fidelity, Reference
 from ifp_mlx.fitting.judge import CommandJudge
@@ -95,7 +93,7 @@ class Fit:
         self._task = task
         self._halves = halves
         self._judge = judge
-        self._sampling = SamplingOptions(max_new_tokens=max_tokens)
+        self._max_tokens = max_tokens
         self._references: list[tuple[TaskExample, Reference]] = []
         self._selections: dict[int, Selection] = {}
         self._lost: list[Candidate] = []
@@ -165,17 +163,17 @@ class Fit:
                 measured = self._measured(candidate, Fidelity.of(compared), subnet, packed_bytes)
                 return dataclasses.replace(measured, is_lost=True)
             progress(label, number - (number == num_examples), num_examples)
-        stats = self._answer(model, self._references[0][1].prompt_ids, _SPEED_TOKENS)[1]
+        prompt_ids = self._references[0][1].prompt_ids
+        _, stats = write_answer(model, self._assistant, prompt_ids, _SPEED_TOKENS)
         measured = dataclasses.replace(
             self._measured(candidate, Fidelity.of(compared), subnet, packed_bytes),
-            tokens_per_s=None if stats is None else stats.generation_tps,
-            first_token_s=None if stats is None else stats.time_to_first_token_s,
+            tokens_per_s=stats.generation_tps,
+            first_token_s=stats.time_to_first_token_s,
         )
         if self._judge is not None:
-            right = 0
-            for (example, reference), found in zip(self._references, compared, strict=True):
-                answer = self._answer_as_far_as_changed(candidate, model, reference, found)
-                right += self._judge.is_right(example, answer)
+            answers = self._answers_as_far_as_changed(candidate, model, compared)
+            examples = [example for example, _ in self._references]
+            right = sum(map(self._judge.is_right, examples, answers))
             measured = dataclasses.replace(measured, num_right=right, num_checked=num_examples)
         progress(label, num_examples, num_examples)
         return measured
@@ -183,23 +181,29 @@ class Fit:
     def _make_references(self, progress: Progress) -> list[tuple[TaskExample, Reference]]:
         """Return the whole model's answers, or the given ones if it cannot answer here."""
         assistant, examples = self._assistant, self._halves.measuring
-        references = []
-        for number, example in enumerate(examples, start=1):
-            prompt_ids = chat_ids(assistant.tokenizer, _messages(example))
-            if assistant.keeps_whole:
-                whole = assistant.dense()
-                conversation = assistant.converse(whole)
-                for _ in conversation.reply(_messages(example), self._sampling):
-                    pass
-                answer_ids = conversation.kv_cache.token_ids[len(prompt_ids) :]
-                model = whole.model
-            else:
-                answer_ids = assistant.tokenizer.encode(example.answer, add_special_tokens=False)
-                answer_ids = answer_ids[: self._sampling.max_new_tokens]
-                model = assistant.reader
-            if answer_ids:
-                references.append((example, Reference.of(model, prompt_ids, answer_ids)))
-            progress("the whole model's answers", number, len(examples))
+        prompts = [chat_ids(assistant.tokenizer, _messages(example)) for example in examples]
+        name, num_examples = "the whole model's answers", len(examples)
+        if assistant.keeps_whole:
+            model = assistant.dense().model
+            answers = write_answers(
+                model,
+                assistant,
+                prompts,
+                [self._max_tokens] * num_examples,
+                lambda done: progress(name, done - (done == num_examples), num_examples),
+            )
+        else:
+            model = assistant.reader
+            answers = [
+                assistant.tokenizer.encode(example.answer, add_special_tokens=False)
+                for example in examples
+            ]
+        references = [
+            (example, Reference.of(model, prompt_ids, answer_ids[: self._max_tokens]))
+            for example, prompt_ids, answer_ids in zip(examples, prompts, answers, strict=True)
+            if answer_ids
+        ]
+        progress(name, num_examples, num_examples)
         if not references:
             raise DataError("the whole model answers none of the examples; look at them")
         return references
@@ -249,32 +253,27 @@ class Fit:
         is_adapted = self._is_adapted(candidate)
         return Measured(candidate, disk_bytes, memory_bytes, fidelity, is_adapted=is_adapted)
 
-    def _answer_as_far_as_changed(
-        self, candidate: Candidate, model: nn.Module, reference: Reference, found: Comparison
-    ) -> str:
-        """Return a candidate's answer; it goes on where it differs from the whole model's own.
+    def _answers_as_far_as_changed(
+        self, candidate: Candidate, model: nn.Module, compared: Sequence[Comparison]
+    ) -> list[str]:
+        """Return a candidate's answers; they go on where they differ from the whole model's own.
 
         What reads with a part answers from the beginning: the whole model's words are no prompt.
         """
+        tokenizer = self._assistant.tokenizer
         can_go_on = self._assistant.keeps_whole and not candidate.only_reads
-        begun = reference.answer_ids[: found.same_tokens] if can_go_on else ()
-        num_left = self._sampling.max_new_tokens - len(begun)
-        rest, _ = self._answer(model, (*reference.prompt_ids, *begun), num_left)
-        text: str = self._assistant.tokenizer.decode([*begun, *rest], skip_special_tokens=True)
-        return text
-
-    def _answer(
-        self, model: nn.Module, prompt_ids: Sequence[int], num_tokens: int
-    ) -> tuple[list[int], GenerationStats | None]:
-        """Return at most so many tokens that a model goes on with, greedily. Evaluates."""
-        if num_tokens < 1:
-            return [], None
-        tokenizer, options = self._assistant.tokenizer, KVCacheOptions()
-        cache = KVCache.empty(model, options)
-        answer = Answer(model, tokenizer, prompt_ids, cache, self._sampling, options, num_tokens)
-        for _ in answer:
-            pass
-        return cache.token_ids[len(prompt_ids) :], answer.stats
+        begun, prompts, limits = [], [], []
+        for (_, reference), found in zip(self._references, compared, strict=True):
+            same = reference.answer_ids[: found.same_tokens] if can_go_on else ()
+            has_ended = bool(same) and same[-1] in tokenizer.eos_token_ids
+            begun.append(same)
+            prompts.append((*reference.prompt_ids, *same))
+            limits.append(0 if has_ended else self._max_tokens - len(same))
+        rests = write_answers(model, self._assistant, prompts, limits)
+        return [
+            str(tokenizer.decode([*same, *rest], skip_special_tokens=True))
+            for same, rest in zip(begun, rests, strict=True)
+        ]
 
 
 def with_fewer_bits(model: nn.Module, bits: int) -> tuple[nn.Module, int]:

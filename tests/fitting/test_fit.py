@@ -15,6 +15,7 @@ from ifp_mlx.assistant import Assistant
 from ifp_mlx.chat.sampling import SamplingOptions
 from ifp_mlx.convert.quantize import make_quantization, quantize_model
 from ifp_mlx.errors import DataError
+from ifp_mlx.fitting.answers import write_answer
 from ifp_mlx.fitting.candidates import Candidate
 from ifp_mlx.fitting.fidelity import (
     TOP_TOKENS,
@@ -28,6 +29,7 @@ from ifp_mlx.fitting.measure import Fit, Halves, with_fewer_bits
 from ifp_mlx.fitting.results import FitRecord, Measured
 from ifp_mlx.selection.selectors import select_random
 from ifp_mlx.slicing.compact import CutOptions, slice_model
+from ifp_mlx.storage.tokenizer import chat_ids
 from ifp_mlx.storage.weights import load_model
 from ifp_mlx.text.task_examples import TaskExample, read_task_examples
 from ifp_mlx.units.modules import clone_module, stored_bytes
@@ -142,6 +144,24 @@ def test_the_check_sees_every_answer(tiny_checkpoint: CheckpointFactory, tmp_pat
         ("say two", "two"),
         ("say four", "four"),
     }
+
+
+def test_an_answer_that_has_ended_does_not_go_on(
+    tiny_checkpoint: CheckpointFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, log = tiny_checkpoint(), tmp_path / "log"
+    assistant = Assistant.load(path, options=CutOptions(context_tokens=64))
+    prompt_ids = chat_ids(assistant.tokenizer, [{"role": "user", "content": "say two"}])
+    answer_ids, _ = write_answer(assistant.dense().model, assistant, prompt_ids, 6)
+    last = next(i for i in range(1, 6) if answer_ids[i] not in answer_ids[:i])
+    monkeypatch.setattr(
+        "mlx_lm.tokenizer_utils.TokenizerWrapper.eos_token_ids", {answer_ids[last]}, raising=False
+    )
+    code = f"import sys; open({str(log)!r}, chr(97)).write(sys.stdin.read() + chr(10))"
+    fit(path, tmp_path / "fits", CommandJudge(f'{sys.executable} -c "{code}"'))
+    first = json.loads(log.read_text().splitlines()[0])
+    assert first["prompt"] == "say two"
+    assert first["answer"] == assistant.tokenizer.decode(answer_ids[: last + 1])
 
 
 def test_answers_that_go_on_from_the_whole_models_are_the_candidates_own(
