@@ -25,9 +25,9 @@ from typing import Any  # noqa: E402
 
 from ifp_mlx.assistant import Assistant  # noqa: E402
 from ifp_mlx.benchmarking.timing import machine  # noqa: E402
+from ifp_mlx.chat.chat_template import chat_ids  # noqa: E402
 from ifp_mlx.chat.sampling import SamplingOptions  # noqa: E402
 from ifp_mlx.convert.registry import resolve_model  # noqa: E402
-from ifp_mlx.storage.tokenizer import chat_ids  # noqa: E402
 from ifp_mlx.subnets.subnetwork import SubNetwork  # noqa: E402
 
 TASK = "help me write Python"

@@ -20,6 +20,7 @@ import mlx.core as mx  # noqa: E402
 
 from ifp_mlx.assistant import Assistant  # noqa: E402
 from ifp_mlx.benchmarking.timing import machine  # noqa: E402
+from ifp_mlx.chat.chat_template import chat_ids  # noqa: E402
 from ifp_mlx.convert.registry import resolve_model  # noqa: E402
 from ifp_mlx.evaluation.quality import (  # noqa: E402
     DOCUMENT_PREFIX,
@@ -32,7 +33,6 @@ from ifp_mlx.evaluation.quality import (  # noqa: E402
 from ifp_mlx.evaluation.subject import TASK_DESCRIPTIONS  # noqa: E402
 from ifp_mlx.selection.selectors import select  # noqa: E402
 from ifp_mlx.selection.spec import SelectorSpec  # noqa: E402
-from ifp_mlx.storage.tokenizer import chat_ids  # noqa: E402
 from ifp_mlx.units.masks import with_unit_masks  # noqa: E402
 
 WAYS = ("description", "examples", "input")

@@ -54,7 +54,7 @@ class PromptOptions:
 
     def ids(self, assistant: Assistant, text: str) -> list[int]:
         """Return the tokens that the model reads for a prompt."""
-        from ifp_mlx.storage.tokenizer import chat_ids
+        from ifp_mlx.chat.chat_template import chat_ids
 
         if self.ignore_chat_template:
             return list(assistant.tokenizer.encode(text))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from ifp_mlx.chat.chat_template import try_chat_template
 from ifp_mlx.convert.checkpoint_writer import copy_tokenizer_files, model_bytes, write_model
 from ifp_mlx.convert.gguf_conversion import converted_bytes, write_gguf_checkpoint
 from ifp_mlx.convert.gguf_reader import GGUFFile
@@ -16,7 +17,7 @@ from ifp_mlx.errors import CheckpointError
 from ifp_mlx.slicing.unit_file import write_unit_file
 from ifp_mlx.storage.files import require_free_disk, staged_directory
 from ifp_mlx.storage.origin import Origin, read_origin, write_origin
-from ifp_mlx.storage.tokenizer import load_tokenizer, try_chat_template
+from ifp_mlx.storage.tokenizer import load_tokenizer
 from ifp_mlx.storage.weights import load_model, stored_tensors
 
 logger = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ifp_mlx.chat.chat_template import chat_ids
 from ifp_mlx.errors import ResourceError, UsageError
 from ifp_mlx.selection.selection import Selection
 from ifp_mlx.selection.selectors import NamedSelector, select
@@ -22,7 +23,7 @@ from ifp_mlx.slicing.drift import Drift, with_drift
 from ifp_mlx.slicing.sharded import load_share, several_machines
 from ifp_mlx.storage.config_file import read_config
 from ifp_mlx.storage.identity import file_states, fingerprint
-from ifp_mlx.storage.tokenizer import chat_ids, load_tokenizer
+from ifp_mlx.storage.tokenizer import load_tokenizer
 from ifp_mlx.storage.transformers_import import begin_importing_transformers
 from ifp_mlx.storage.weights import stored_unit_shape
 from ifp_mlx.subnets import memory

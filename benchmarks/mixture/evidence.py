@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ifp_mlx.chat.chat_template import ChatTokenizer, chat_ids
 from ifp_mlx.evaluation.quality import DOCUMENT_PREFIX, DOCUMENT_PROMPT_TOKENS
 from ifp_mlx.selection.calibration import Calibration
 from ifp_mlx.selection.expert_statistics import CRITERIA, ExpertStatistics
@@ -23,7 +24,6 @@ from ifp_mlx.selection.selectors import (
     select,
 )
 from ifp_mlx.selection.spec import SelectorSpec
-from ifp_mlx.storage.tokenizer import ChatTokenizer, chat_ids
 from ifp_mlx.text.records import (
     BadLines,
     check_document,

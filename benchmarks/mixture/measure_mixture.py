@@ -26,6 +26,7 @@ from evidence import Evidence, read_examples  # noqa: E402
 from expert_products import choose_products, with_zero_slots  # noqa: E402
 
 from ifp_mlx.benchmarking.timing import machine  # noqa: E402
+from ifp_mlx.chat.chat_template import chat_ids  # noqa: E402
 from ifp_mlx.evaluation.quality import (  # noqa: E402
     HeldOutExample,
     evaluate,
@@ -40,7 +41,7 @@ from ifp_mlx.slicing.compact import slice_model  # noqa: E402
 from ifp_mlx.slicing.drift import with_drift  # noqa: E402
 from ifp_mlx.storage.config_file import read_config  # noqa: E402
 from ifp_mlx.storage.files import write_bytes_atomically  # noqa: E402
-from ifp_mlx.storage.tokenizer import chat_ids, load_tokenizer  # noqa: E402
+from ifp_mlx.storage.tokenizer import load_tokenizer  # noqa: E402
 from ifp_mlx.storage.weights import load_model  # noqa: E402
 from ifp_mlx.units.amounts import Amounts  # noqa: E402
 from ifp_mlx.units.modules import (  # noqa: E402

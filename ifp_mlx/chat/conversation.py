@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import mlx.nn as nn
 
+from ifp_mlx.chat.chat_template import chat_ids
 from ifp_mlx.chat.generation import Answer, GenerationStats
 from ifp_mlx.chat.kv_cache import KVCache
 from ifp_mlx.chat.prompt_reading import OnRead
 from ifp_mlx.chat.sampling import KVCacheOptions, SamplingOptions
 from ifp_mlx.errors import UsageError
-from ifp_mlx.storage.tokenizer import chat_ids
 
 if TYPE_CHECKING:  # mlx-lm takes seconds to import
     from mlx_lm.tokenizer_utils import TokenizerWrapper

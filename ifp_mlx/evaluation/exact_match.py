@@ -15,9 +15,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import generate_step
 
+from ifp_mlx.chat.chat_template import ChatTokenizer, chat_ids
 from ifp_mlx.errors import DataError
 from ifp_mlx.evaluation.quality import MAX_PROMPT_TOKENS, HeldOutExample
-from ifp_mlx.storage.tokenizer import ChatTokenizer, chat_ids
 from ifp_mlx.text.examples import domain_of
 from ifp_mlx.text.records import BadLines, is_usable_text, question_of, read_records
 

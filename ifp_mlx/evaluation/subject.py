@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import mlx.nn as nn
 
+from ifp_mlx.chat.chat_template import ChatTokenizer, chat_ids
 from ifp_mlx.errors import UsageError
 from ifp_mlx.evaluation.controls import Instruction, UnitMasks, unit_masks
 from ifp_mlx.evaluation.cut import compact_model
@@ -14,7 +15,6 @@ from ifp_mlx.evaluation.quality import DOCUMENT_PREFIX, HeldOutExample
 from ifp_mlx.evaluation.rows import Row
 from ifp_mlx.selection.selectors import NamedSelector
 from ifp_mlx.selection.spec import SelectorSpec
-from ifp_mlx.storage.tokenizer import ChatTokenizer, chat_ids
 from ifp_mlx.subnets.selectors import SELECTORS, SelectorFiles, make_selector
 from ifp_mlx.units.masks import with_unit_masks
 from ifp_mlx.units.modules import unit_shape

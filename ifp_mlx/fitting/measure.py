@@ -1,4 +1,4 @@
-"""Measuring candidates on a task's examples: those that select are never those that measure."""
+"""Measuring candidates on a task's examples, and giving up those that are plainly lost."""
 
 import dataclasses
 import math
@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ifp_mlx.assistant import Assistant
+from ifp_mlx.chat.chat_template import chat_ids
 from ifp_mlx.convert.quantize import make_quantization, quantize_model
 from ifp_mlx.errors import DataError
 from ifp_mlx.fitting.answers import write_answer, write_answers
@@ -19,7 +20,6 @@ from ifp_mlx.fitting.fidelity import Comparison, Fidelity, Reference
 from ifp_mlx.fitting.judge import CommandJudge
 from ifp_mlx.fitting.results import LOST_CHANGED, FitRecord, Measured
 from ifp_mlx.selection.selection import Selection
-from ifp_mlx.storage.tokenizer import chat_ids
 from ifp_mlx.subnets.subnetwork import SubNetwork
 from ifp_mlx.text.task_examples import TaskExample
 from ifp_mlx.units.modules import clone_module, stored_bytes, unit_arrays

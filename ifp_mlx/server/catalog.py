@@ -1,4 +1,4 @@
-"""Model names as clients see them: the model itself, one name a task, and the dense model."""
+"""Which sub-network answers a request: by the model's name, its task, or its system message."""
 
 import dataclasses
 import re

@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from mlx_lm.server import CompletionRequest
 
+from ifp_mlx.chat.chat_template import accepted_messages
 from ifp_mlx.chat.grammar import Grammar, Grammars
 from ifp_mlx.errors import CheckpointError, IFPError, UsageError
 from ifp_mlx.server.api_error import APIError
@@ -25,7 +26,6 @@ from ifp_mlx.server.requests import GenerationRequest
 from ifp_mlx.server.seen_subnets import SeenSubnets, SubnetFacts
 from ifp_mlx.server.subnet_provider import EngineOptions, Prepare, SubNetworkProvider
 from ifp_mlx.server.tools import ToolFormat
-from ifp_mlx.storage.tokenizer import accepted_messages
 
 _POLL_S = 0.2  # how often a request that waits looks at the clock and at its client
 

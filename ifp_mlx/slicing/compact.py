@@ -1,4 +1,4 @@
-"""Slicing: a Selection and a dense model make a compact model.
+"""Slicing: a Selection and a dense model or mixture, its routers included, make a compact model.
 
 The compact model is the same mlx-lm class with K units. Everything that holds no units is the
 dense model's own, shared and not copied, so many sub-networks of one model cost their slices and

@@ -1,4 +1,4 @@
-"""Selected sub-networks on disk, keyed by task description.
+"""Selected sub-networks on disk, keyed by task description; damaged ones are set aside.
 
 An entry is one safetensors file that holds the selected indices (not the weights: those are a
 gather away, and ``compact_store`` keeps them where they are small) and says in its header what they

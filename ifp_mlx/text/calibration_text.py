@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ifp_mlx.chat.chat_template import ChatTokenizer, chat_ids
 from ifp_mlx.selection.calibration import CalibrationExample
-from ifp_mlx.storage.tokenizer import ChatTokenizer, chat_ids
 from ifp_mlx.text.records import (
     BadLines,
     check_document,

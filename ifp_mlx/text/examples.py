@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ifp_mlx.chat.chat_template import ChatTokenizer, chat_ids
 from ifp_mlx.errors import DataError
 from ifp_mlx.storage.files import staged_directory
-from ifp_mlx.storage.tokenizer import ChatTokenizer, chat_ids
 from ifp_mlx.text.hub_records import HubSource
 from ifp_mlx.text.records import (
     BadLines,

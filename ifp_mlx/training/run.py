@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ifp_mlx.adapters.adapter import Adapter, load_adapter, save_adapter
+from ifp_mlx.chat.chat_template import ChatTokenizer, chat_ids
 from ifp_mlx.errors import ArchitectureError, ConfigError, DataError, TrainingError, UsageError
 from ifp_mlx.storage.config_file import read_config
 from ifp_mlx.storage.files import write_bytes_atomically
-from ifp_mlx.storage.tokenizer import ChatTokenizer, chat_ids, load_tokenizer
+from ifp_mlx.storage.tokenizer import load_tokenizer
 from ifp_mlx.storage.weights import load_model
 from ifp_mlx.text.examples import (
     ExampleRules,

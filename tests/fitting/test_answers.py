@@ -20,7 +20,8 @@ def test_answers_together_are_those_alone(
 ) -> None:
     monkeypatch.setattr("ifp_mlx.fitting.answers._TOKENS_TOGETHER", tokens_together)
     assistant = Assistant.load(tiny_checkpoint(), options=CutOptions(context_tokens=64))
-    model, seen = assistant.dense().model, []
+    model = assistant.dense().model
+    seen: list[int] = []
     together = write_answers(model, assistant, PROMPTS, LIMITS, seen.append)
     alone = [
         write_answer(model, assistant, prompt, limit)[0] if limit else []

@@ -12,6 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from ifp_mlx.assistant import Assistant
+from ifp_mlx.chat.chat_template import chat_ids
 from ifp_mlx.chat.sampling import SamplingOptions
 from ifp_mlx.convert.quantize import make_quantization, quantize_model
 from ifp_mlx.errors import DataError
@@ -29,7 +30,6 @@ from ifp_mlx.fitting.measure import Fit, Halves, with_fewer_bits
 from ifp_mlx.fitting.results import FitRecord, Measured
 from ifp_mlx.selection.selectors import select_random
 from ifp_mlx.slicing.compact import CutOptions, slice_model
-from ifp_mlx.storage.tokenizer import chat_ids
 from ifp_mlx.storage.weights import load_model
 from ifp_mlx.text.task_examples import TaskExample, read_task_examples
 from ifp_mlx.units.modules import clone_module, stored_bytes

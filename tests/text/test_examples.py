@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ifp_mlx.chat.chat_template import ChatTokenizer, chat_ids
 from ifp_mlx.errors import ConfigError, DataError, TrainingError
-from ifp_mlx.storage.tokenizer import ChatTokenizer, chat_ids, load_tokenizer
+from ifp_mlx.storage.tokenizer import load_tokenizer
 from ifp_mlx.text.examples import ExampleRules, ExampleSet, tokenise_files
 from ifp_mlx.text.records import (
     MAX_LINE_BYTES,

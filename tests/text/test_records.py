@@ -11,11 +11,12 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
+from ifp_mlx.chat.chat_template import ChatTokenizer, chat_ids
 from ifp_mlx.errors import DataError
 from ifp_mlx.evaluation.exact_match import load_problems
 from ifp_mlx.evaluation.multiple_choice import load_questions
 from ifp_mlx.evaluation.quality import load_held_out
-from ifp_mlx.storage.tokenizer import ChatTokenizer, chat_ids, load_tokenizer
+from ifp_mlx.storage.tokenizer import load_tokenizer
 from ifp_mlx.text.calibration_text import CalibrationLimits, calibration_examples
 from ifp_mlx.text.examples import ExampleRules, tokenise_files
 from ifp_mlx.text.records import BadLines, check_prompt_response, read_records

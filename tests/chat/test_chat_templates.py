@@ -10,10 +10,11 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
+from ifp_mlx.chat.chat_template import ChatTokenizer, accepted_messages, chat_ids
 from ifp_mlx.convert.conversion import convert_checkpoint
 from ifp_mlx.errors import CheckpointError
 from ifp_mlx.storage.notices import warn_once
-from ifp_mlx.storage.tokenizer import ChatTokenizer, accepted_messages, chat_ids, load_tokenizer
+from ifp_mlx.storage.tokenizer import load_tokenizer
 
 TURN = "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
 PLAIN = f"{{% for m in messages %}}{TURN}{{% endfor %}}"
