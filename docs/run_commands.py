@@ -22,7 +22,7 @@ import urllib.request
 from pathlib import Path
 
 import documented_commands
-from documented_commands import NOT_RUN, ROOT, Command
+from documented_commands import NOT_RUN, ROOT, SMALLER, Command
 
 from ifp_mlx.blas import prefer_openblas
 
@@ -157,6 +157,8 @@ def run_page(page: Path, default_model: Path) -> list[str]:
         own = page.relative_to(ROOT).as_posix()
         folder = root / Path(own).parent if own.startswith("benchmarks/") else root
         workplace.add_files(folder)
+        if any(".venv/bin/" in command.text for command in wanted):
+            subprocess.run([sys.executable, "-m", "venv", root / ".venv"], check=True)
         gets_it = any(command.text in GETS_DEFAULT_MODEL for command in wanted)
         if own in TRAINS:
             default_model = folder / "MODEL"
@@ -173,11 +175,14 @@ def run_page(page: Path, default_model: Path) -> list[str]:
 
 
 def print_what_is_not_run() -> None:
-    """Print the reasons, and the commands of each."""
+    """Print the reasons, the commands of each, and those that are run otherwise than they stand."""
     for reason, texts in NOT_RUN.items():
-        print(f"Not run, {reason}:")
+        print(f"Not run ({reason}):")
         for text in texts:
             print(f"  {text}")
+    print("Run with smaller numbers:")
+    for text in SMALLER.values():
+        print(f"  {text}")
 
 
 def main() -> int:
