@@ -60,7 +60,7 @@ _FUNCTIONS = [
         "task_id": f"add/{number}",
         "prompt": f'def add_{number}(x):\n    """Add {number} to x."""\n',
         "entry_point": f"add_{number}",
-        "test": f"def check(candidate):\n    assert candidate(1) == {number + 1}\n",
+        "test": f"assert add_{number}(1) == {number + 1}\n",
     }
     for number in range(12)
 ]
