@@ -65,8 +65,8 @@ def convert(
     """Convert a model into a folder that ifp and mlx-lm can read.
 
     Examples: ifp convert model.gguf -o my-model;
-    ifp convert ORG/NAME -o my-model --quantize 4;
-    ifp convert my-model --unit-major
+    ifp convert ORG/NAME -o my-small-model --quantize 4;
+    ifp convert my-small-model --unit-major
     """
     if output is None:
         if not unit_major or dtype is not None or quantization_flags.quantization is not None:
