@@ -63,8 +63,6 @@ SMALLER = {
     "benchmarks/server_load.py --random --clients 3 --seconds 5 --strict",
     "python benchmarks/schema_speed.py --rounds 6 --tokens 40": "python "
     "benchmarks/schema_speed.py --rounds 1 --tokens 40",
-    "IFP_TEST_BODIES=2000 python -m pytest tests/server/test_server_clients.py -k any_body": ""
-    "IFP_TEST_BODIES=50 python -m pytest tests/server/test_server_clients.py -k any_body",
     "ifp bench latency --model path/to/checkpoint --keep-units 1024 --prompt 1024 "
     "--output my-model.json": "ifp bench latency --model path/to/checkpoint --keep-units 1024 "
     "--prompt 32 --new-tokens 2 --repeats 1 --output my-model.json",
