@@ -40,7 +40,21 @@ def load() -> str:
     return as_table(head, rows)
 
 
-TABLES: dict[str, Table] = {"load": load}
+def conversations() -> str:
+    """Return what several conversations at once take, from server_conversations.py."""
+    found = read(RESULTS / "server-conversations.json")
+    rows = [
+        (
+            "the whole model" if who == "whole" else "95 % of the FFN units",
+            ", ".join(f"{value:.1f}" for value in speeds),
+            "" if who == "whole" else f"{found['task_to_whole']:.2f}",
+        )
+        for who, speeds in found["tokens_per_s"].items()
+    ]
+    return as_table(("answers are written by", "tokens a second, round by round", "ratio"), rows)
+
+
+TABLES: dict[str, Table] = {"load": load, "conversations": conversations}
 
 if __name__ == "__main__":
     sys.exit(run({"docs/server.md": TABLES}))
