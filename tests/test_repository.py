@@ -37,6 +37,7 @@ def test_linked_packages_have_one_import_name() -> None:
     "script",
     [
         "make_files.py",
+        "make_fit.py",
         "make_readme.py",
         "make_chat.py",
         "make_experts.py",
