@@ -47,33 +47,40 @@ AMOUNTS = {
     **{f"part-whole/task/{kept}": f"{kept} % of the units" for kept in (67, 50, 33, 25)},
     "part-part/task/67": "67 %, which also answers",
 }
-CHOICES = {
-    "whole": "whole model",
-    **{
-        f"part-whole/{units}/{kept}": f"{kept} %, {text}"
-        for kept in (67, 50)
-        for units, text in {
-            "task": "for the task",
-            "static": "for all tasks",
-            "block": "by the first 256 tokens",
-        }.items()
+
+
+def parts(amounts: Sequence[int], kinds: Mapping[str, str]) -> dict[str, str]:
+    """Return the whole model's row and those of parts, with what tables call them.
+
+    Args:
+        amounts: percent of the units, largest first.
+        kinds: names of rows, ``{}`` standing for the amount, and what they are called.
+    """
+    shown = {"whole": "whole model"}
+    for kept in amounts:
+        shown |= {row.format(kept): f"{kept} %, {text}" for row, text in kinds.items()}
+    return shown
+
+
+CHOICES = parts(
+    (67, 50),
+    {
+        "part-whole/task/{}": "for the task",
+        "part-whole/static/{}": "for all tasks",
+        "part-whole/block/{}": "by the first 256 tokens",
+        "part-whole/random/{}": "at random",
     },
-    "part-whole/random/50": "50 %, at random",
-}
-TAILS = {
-    "whole": "whole model",
-    **{
-        f"part-whole/task/{kept}{row}": f"{kept} %, {text}"
-        for kept in (50, 33)
-        for row, text in {
-            "": "1 token",
-            "/tail-16": "16",
-            "/tail-64": "64",
-            "/tail-256": "256",
-            "/tail-message": "last message",
-        }.items()
+)
+TAILS = parts(
+    (50, 33),
+    {
+        "part-whole/task/{}": "1 token",
+        "part-whole/task/{}/tail-16": "16",
+        "part-whole/task/{}/tail-64": "64",
+        "part-whole/task/{}/tail-256": "256",
+        "part-whole/task/{}/tail-message": "last message",
     },
-}
+)
 
 BITS = (16, 8, 6, 5, 4, 3)
 KEPT = (100, 95, 90, 80, 67, 50)
