@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ifp_mlx.chat.kv_cache import KVCache
-from ifp_mlx.chat.reading import LONGEST_WITH_TAIL, ReadsWithPart
+from ifp_mlx.chat.reading import ReadsWithPart
 from ifp_mlx.chat.sampling import KVCacheOptions
 
 OnRead = Callable[[int, int], None]
@@ -48,8 +48,8 @@ def read_ahead(
     total, done = len(token_ids), 0
     reader, tail, reads_all = model, 0, False
     if isinstance(model, ReadsWithPart):
-        reader, reads_all = model.reader, total > LONGEST_WITH_TAIL
-        tail = 0 if reads_all else model.tail_tokens
+        reader, tail = model.reader, model.tail_of(total)
+        reads_all = tail == 0
     most_left = 2 * _FIRST_PIECE_TOKENS + tail  # a short prompt is not split up
     # CUDA devices read mlx-lm's pieces in a moment: there is nothing to learn, and time to lose.
     size = _MOST_TOKENS if mx.cuda.is_available() else _FIRST_PIECE_TOKENS

@@ -27,8 +27,8 @@ class ReadsWithPart(nn.Module):
     Args:
         writer: the whole mlx-lm model.
         reader: a compact model of it, not changed by an adapter.
-        tail_tokens: so many of a piece's last tokens are read by the whole model; of prompts past
-            ``LONGEST_WITH_TAIL`` ``read_ahead`` leaves it a single one.
+        tail_tokens: so many of a piece's last tokens are read by the whole model, if the piece is
+            not longer than ``LONGEST_WITH_TAIL``.
     """
 
     def __init__(self, writer: nn.Module, reader: nn.Module, tail_tokens: int = TAIL_TOKENS):
@@ -39,13 +39,19 @@ class ReadsWithPart(nn.Module):
         if hasattr(writer, "make_cache"):
             self.make_cache = writer.make_cache
 
+    def tail_of(self, num_tokens: int) -> int:
+        """Return how many last tokens of a prompt the whole model reads, but for the very last."""
+        return 0 if num_tokens > LONGEST_WITH_TAIL else self.tail_tokens
+
     def __call__(self, inputs: mx.array, cache: Any = None, **options: Any) -> mx.array:
-        """Return the logits of (B, T) token ids, as the whole model does; of its tail alone."""
-        num_read = inputs.shape[1] - self.tail_tokens
+        """Return the logits of (B, T) token ids: of the tail, or of all if the part reads all."""
+        logits: mx.array
+        num_read = inputs.shape[1] - self.tail_of(inputs.shape[1])
         if num_read > 0:
-            self.reader(inputs[:, :num_read], cache=cache, **options)
+            logits = self.reader(inputs[:, :num_read], cache=cache, **options)
             inputs = inputs[:, num_read:]
-        logits: mx.array = self.writer(inputs, cache=cache, **options)
+        if inputs.shape[1] > 0:
+            logits = self.writer(inputs, cache=cache, **options)
         return logits
 
     @property

@@ -130,7 +130,7 @@ def test_a_part_that_reads_leaves_the_tail_to_the_whole(
 def test_of_a_long_prompt_a_part_reads_all_but_the_last_token(
     tiny_model: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ifp_mlx.chat.prompt_reading.LONGEST_WITH_TAIL", len(IDS) - 1)
+    monkeypatch.setattr("ifp_mlx.chat.reading.LONGEST_WITH_TAIL", len(IDS) - 1)
     whole = tiny_model("llama")
     cache = KVCache.empty(whole, KVCacheOptions())
     model = ReadsWithPart(whole, whole, tail_tokens=50)

@@ -48,3 +48,17 @@ def test_a_prompt_no_longer_than_the_tail_is_read_by_the_whole(tiny_model: Model
     whole = tiny_model("llama")
     part = slice_model(whole, select_random(whole, 64))
     assert generate(ReadsWithPart(whole, part, 64), PROMPT) == generate(whole, PROMPT)
+
+
+def test_all_of_a_long_prompt_is_read_by_the_part(
+    tiny_model: ModelFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlx_lm.models.cache import make_prompt_cache
+
+    monkeypatch.setattr("ifp_mlx.chat.reading.LONGEST_WITH_TAIL", len(PROMPT) - 1)
+    whole = tiny_model("llama")
+    part = slice_model(whole, select_random(whole, 64))
+    caches, expected = make_prompt_cache(whole), make_prompt_cache(whole)
+    logits = ReadsWithPart(whole, part, 5)(mx.array([PROMPT]), cache=caches)
+    assert mx.array_equal(logits, part(mx.array([PROMPT]), cache=expected))
+    assert mx.array_equal(caches[2].state[0], expected[2].state[0])
